@@ -1,0 +1,3 @@
+"""Fixtures live in `fix_*.py` modules; this file only names them."""
+
+pytest_plugins = ["tests.fix_postgres"]
