@@ -155,22 +155,34 @@ class StartupParser:
         return rest
 
 
+
+class Peek(NamedTuple):
+    """The start of a message that passes: its type byte and the first `PEEK_BYTES` of its payload (or all of it)."""
+
+    type: int
+    start: bytes
+
+
 # What `FrameSplitter` does with messages of a type.
 PASS: Final = 0  #: forwards them, says nothing
 NOTE: Final = 1  #: forwards them, and gives the type byte
 WHOLE: Final = 2  #: gives them as Frames instead of forwarding; one longer than `max_whole` is treated like NOTE
+PEEK: Final = 3  #: forwards them, and gives a Peek
+
+#: Enough for two names (of a portal and of a statement) as long as PostgreSQL tells names apart, and more.
+PEEK_BYTES: Final = 512
 
 Span = bytes | memoryview
-#: What a splitter yields: bytes to forward as they are, the type byte of a noted message, or a whole message.
-Item = Span | int | Frame
+#: What a splitter yields: bytes to forward as they are, the type byte of a noted message, a whole message, a start.
+Item = Span | int | Frame | Peek
 
 
 class FrameSplitter:
     """Splits a byte stream at message boundaries without collecting the payloads that only pass.
 
     `modes` has one of PASS, NOTE, WHOLE for each type byte; it may be changed while a feed is under way and applies
-    from the next message on. The note of a message comes once its header is complete, before the bytes to forward that hold
-    it. Bytes to forward never end inside a header, and never hold a part of a message that is given whole.
+    from the next message on. The note (or peek) of a message comes before the bytes to forward that hold it. Bytes to
+    forward never end inside a header, and never hold a part of a message that is given whole.
     """
 
     def __init__(
@@ -180,7 +192,7 @@ class FrameSplitter:
         self.max_length = max_length
         self.max_whole = max_whole
         self._remaining = 0  # payload bytes still to come of a message that passes
-        self._head = b""  # an incomplete header
+        self._head = b""  # an incomplete header, or message start that is too short for a Peek
         self._whole: bytearray | None = None  # the payload so far of a message given whole
         self._whole_type = 0
         self._whole_length = 0
@@ -230,7 +242,12 @@ class FrameSplitter:
                 self._whole = bytearray(view[position + 5 :])
                 self._whole_type, self._whole_length = type_, length - 4
                 return
-            if mode:
+            if mode == PEEK:
+                needed = position + 5 + min(length - 4, PEEK_BYTES)
+                if needed > size:
+                    break
+                yield Peek(type_, data[position + 5 : needed])
+            elif mode:
                 yield type_
             if end > size:
                 self._remaining = end - size
