@@ -205,8 +205,8 @@ class Graph:
         """Decodes and validates the array of docs/architecture.md, "The graph in the database".
 
         What holds for every Graph: one tree (each node but the root has exactly one parent, at a smaller place), at
-        most 10,000 nodes and 256 levels below the root, the structure per type of SURFACE 4.2 (nodes_structure_chk), names
-        that are identifiers, ids of 8 hex digits used once. Raises GraphError.
+        most 10,000 nodes and 256 levels below the root, the structure per type of SURFACE 4.2 (nodes_structure_chk),
+        names that are identifiers, ids of 8 hex digits used once. Raises GraphError.
         """
         if isinstance(value, str):
             try:
