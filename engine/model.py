@@ -1,0 +1,80 @@
+"""The plain values that interpreter, store and runners exchange: no behaviour, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from dsl.graph import Node, NodeType
+from dsl.values import Column
+
+#: Where a result belongs: (execution path, node index). See docs/architecture.md, "Checkpoints".
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepError:
+    """Why a node failed: the fields of a PostgreSQL error, or a message of the engine's own."""
+
+    message: str
+    sqlstate: str | None = None
+    detail: str | None = None
+    hint: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One row of duroxide.history."""
+
+    execution: str
+    node: int
+    event: str
+    result: str | None = None
+    columns: tuple[Column, ...] | None = None
+    error: StepError | None = None
+    meta: Mapping[str, Any] | None = None
+    started_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """One entry of an instance's inbox; `data` is JSON text."""
+
+    seq: int
+    name: str
+    data: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of an instance: terminal status, its output (result or error text), and the error's fields."""
+
+    status: str
+    output: str | None
+    error: StepError | None = None
+
+
+@dataclass(slots=True)
+class Changes:
+    """What one event made true, to be recorded in one checkpoint. Falsy when there is nothing to record."""
+
+    rows: list[Checkpoint] = field(default_factory=list)
+    consumed: list[int] = field(default_factory=list)
+    prune: list[str] = field(default_factory=list)
+    keep: list[Key] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.rows or self.consumed or self.prune or self.finish)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Work for a runner: a leaf that acts on the world. `text` is the SQL, or the HTTP config, after substitution."""
+
+    key: Key
+    node: Node
+    kind: NodeType
+    text: str
