@@ -1,0 +1,50 @@
+"""Logging: structlog to stderr, as text for a person on a terminal and as JSON lines for everything else.
+
+What is logged never holds a password: settings keep them in `SecretStr`, and a last processor takes them out of texts
+that came from elsewhere (an exception that quotes a connection string).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+
+#: user:password@ of a URI, and password=... of a keyword string.
+_URI = re.compile(r"(\w+://[^\s:/@]*):[^\s@/]+@")
+_KEYWORD = re.compile(r"(?i)\b(password\s*=\s*)('(?:[^'\\]|\\.)*'|\S+)")
+
+
+def redact(text: str) -> str:
+    """`text` without the passwords of connection strings in it."""
+    return _KEYWORD.sub(r"\1***", _URI.sub(r"\1:***@", text))
+
+
+def _redacting(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = redact(value)
+    return event
+
+
+def configure(level: str, style: str) -> None:
+    """Sets logging up for the whole process. `style` is `text`, `json` or `auto` (text where stderr is a terminal)."""
+    text = style == "text" or (style == "auto" and sys.stderr.isatty())
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            _redacting,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if text
+            else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )

@@ -1,0 +1,174 @@
+"""`dfproxy serve` and `dfproxy worker`: bring everything up, say so, and take it down in order.
+
+One process runs the proxy and a worker for each database in one task group. With `--processes N` a parent prepares
+(embedded server, schemas), holds the port, and supervises N children that share it (proxy/supervisor.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+import uvloop
+
+import proxy
+from engine.worker import Worker
+from proxy import dsn, wiring
+from proxy.local import LocalServer, default_folder
+from proxy.server import ProxyServer
+from proxy.settings import Settings
+
+log = structlog.get_logger("dfproxy")
+
+#: Exit statuses besides 0: a fault that the text names, and a mistake in how dfproxy was called.
+FAILED, USAGE = 1, 2
+
+
+def run(main: Callable[[], Awaitable[int]]) -> int:
+    """Runs a coroutine on uvloop to its end and returns the exit status that it gives."""
+
+    async def whole() -> int:
+        return await main()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(whole())
+
+
+def stop_on_signals() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set; a second one ends the process at once."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        stop.set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    return stop
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The server is there and its schemas are installed: what is left is to serve."""
+
+    settings: Settings          # `upstream` is filled in, embedded or not
+    databases: tuple[str, ...]  # those with workflows
+    local: LocalServer | None
+
+
+@contextlib.asynccontextmanager
+async def prepared(settings: Settings) -> AsyncIterator[Ready]:
+    """Starts the embedded server where none is named, and installs or upgrades the schemas.
+
+    The embedded server is stopped at the end. Raises what proxy.faults explains.
+    """
+    local: LocalServer | None = None
+    async with contextlib.AsyncExitStack() as stack:
+        if settings.upstream is None:
+            local = LocalServer(settings.data_dir or default_folder())
+            stack.push_async_callback(local.stop)
+            await local.start()
+            settings = wiring.with_upstream(settings, local.upstream)
+        databases: tuple[str, ...] = ()
+        if settings.engine:
+            databases = await wiring.install(settings)
+        if local is not None and settings.engine:
+            await local.grant()
+        yield Ready(settings, databases, local)
+
+
+async def serve(settings: Settings) -> int:
+    """Runs the proxy, with a worker unless `engine` is off, until SIGTERM or SIGINT. Returns the exit status."""
+    stop = stop_on_signals()
+    async with prepared(settings) as ready:
+        if settings.processes > 1:
+            from proxy.supervisor import supervise
+
+            return await supervise(ready, stop)
+        async with asyncio.TaskGroup() as group:
+            watch = group.create_task(ready.local.watch()) if ready.local is not None else None
+            await serve_here(ready, stop, announce=lambda port: announce(ready, port))
+            if watch is not None:
+                watch.cancel()
+    return 0
+
+
+async def serve_here(ready: Ready, stop: asyncio.Event, *, announce: Callable[[int], Awaitable[None]],
+                     reuse_port: bool = False) -> None:
+    """The proxy and its workers in this process, until `stop` is set; then both end within `drain_timeout`."""
+    settings = ready.settings
+    workers = [Worker(wiring.engine_settings(settings, name)) for name in ready.databases]
+
+    def on_commit() -> None:
+        for worker in workers:
+            worker.wake()
+
+    server = ProxyServer(wiring.proxy_config(settings, reuse_port=reuse_port), on_commit=on_commit)
+    async with server, asyncio.TaskGroup() as group:
+        for worker in workers:
+            group.create_task(worker.run())
+        await announce(server.port)
+        await stop.wait()
+        log.info("stopping", grace=settings.drain_timeout)
+        await _all([server.drain(), *(worker.stop(settings.drain_timeout) for worker in workers)])
+
+
+async def work(settings: Settings) -> int:
+    """`dfproxy worker`: the engine alone, until SIGTERM or SIGINT. Returns the exit status."""
+    stop = stop_on_signals()
+    databases = await wiring.install(settings)
+    workers = [Worker(wiring.engine_settings(settings, name)) for name in databases]
+    async with asyncio.TaskGroup() as group:
+        for worker in workers:
+            group.create_task(worker.run())
+        print(f"dfproxy {proxy.__version__}: worker for {dsn.show(settings.dsn)}")
+        _ready_line(f"worker ready on {', '.join(databases)}")
+        await stop.wait()
+        log.info("stopping", grace=settings.drain_timeout)
+        await _all([worker.stop(settings.drain_timeout) for worker in workers])
+    return 0
+
+
+async def _all(coroutines: Sequence[Awaitable[None]]) -> None:
+    async def one(awaitable: Awaitable[None]) -> None:
+        await awaitable
+
+    async with asyncio.TaskGroup() as group:
+        for awaitable in coroutines:
+            group.create_task(one(awaitable))
+
+
+async def announce(ready: Ready, port: int) -> None:
+    """Says what a person needs to know: on stdout in full, and one line on stderr for whoever waits for it."""
+    settings = ready.settings
+    host, _ = settings.address
+    seen = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    report = await wiring.report(settings)
+    if ready.local is not None:
+        uri = ready.local.app_uri(seen, port)
+    else:
+        login = dsn.user(settings.dsn)
+        shown = f"[{seen}]" if ":" in seen else seen
+        uri = f"postgresql://{login + '@' if login else ''}{shown}:{port}/{dsn.database(settings.dsn)}"
+    print(f"dfproxy {proxy.__version__}")
+    print(f"  upstream   {report.server}{' (embedded)' if ready.local else ''}, {dsn.show(settings.dsn)}")
+    print(f"  workflows  {', '.join(ready.databases) or 'no worker in this process (--no-engine)'}")
+    if report.identity:
+        print(f"  identity   {report.identity}")
+    print(f'  connect    psql "{uri}"')
+    for warning in report.warnings:
+        print(f"  WARNING    {warning}")
+    sys.stdout.flush()
+    _ready_line(f"ready on {f'[{host}]' if ':' in host else host}:{port}")
+
+
+def _ready_line(text: str) -> None:
+    print(f"dfproxy {text}", file=sys.stderr, flush=True)
