@@ -1,19 +1,23 @@
-# What a newcomer needs: `make run`, `make test`. All of it works from an empty checkout.
-PYTHON ?= python3.11
+# What a newcomer needs: `make run`, `make test`. All of it works from an empty checkout, as root or not.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 python3,$(if $(shell command -v $(p)),$(p))))
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv run test lint bench clean
+.PHONY: venv run demo test lint bench clean
 
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "dfproxy needs Python 3.11 or later: make PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[embedded,demo,dev]'
 	touch $@
 
 run: venv
 	$(BIN)/dfproxy serve
+
+demo: venv
+	$(BIN)/dfproxy demo
 
 test: venv
 	$(BIN)/python -m pytest

