@@ -82,6 +82,8 @@ STARTUP_TABLE: Final[Mapping[tuple[Phase, Event], Phase]] = {
     (Phase.AUTHENTICATION, Event.AUTHENTICATION_OK): Phase.INITIALISING,
     (Phase.AUTHENTICATION, Event.ERROR_RESPONSE): Phase.CLOSED,
     (Phase.PASSWORD, Event.PASSWORD_MESSAGE): Phase.AUTHENTICATION,
+    # GSS: the server's last token needs no answer.
+    (Phase.PASSWORD, Event.AUTHENTICATION_OK): Phase.INITIALISING,
     # A server may give up while it waits (authentication_timeout, shutdown).
     (Phase.PASSWORD, Event.NOTICE_RESPONSE): Phase.PASSWORD,
     (Phase.PASSWORD, Event.ERROR_RESPONSE): Phase.CLOSED,
@@ -200,8 +202,9 @@ class Conversation(Generic[Tag]):
     """The client's requests that the server has not answered yet, oldest first.
 
     Follows the protocol as PostgreSQL's server does: an error in the extended protocol skips requests until Sync; a
-    Sync that the server reads while it receives COPY data is ignored. Where the two sides' order can't be told from outside
-    (a COPY that fails before the server has read a Sync sent ahead of the data) the next reply that fits puts it right.
+    Sync that the server reads while it receives COPY data is ignored. Where the two sides' order can't be told from
+    outside (a COPY that fails before the server has read a Sync sent ahead of the data) the next reply that fits puts
+    it right.
     """
 
     def __init__(self, *, started: bool = True) -> None:

@@ -1,0 +1,166 @@
+"""Two connections joined: bytes from one go to the other, no faster than it takes them.
+
+A `Leg` is one connection as an asyncio protocol. A `Relay` joins the client's leg and the server's. What is done to the
+bytes on their way is the business of the two pumps that it is given (proxy/session.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from enum import IntFlag
+from typing import cast
+
+from proxy.upstream import tune
+
+#: Bytes that may wait to be written to a leg before the other one is no longer read.
+DEFAULT_HIGH_WATER = 256 * 1024
+
+
+class Hold(IntFlag):
+    """Why a leg is not being read. It is read again when no reason is left."""
+
+    NONE = 0
+    PEER_FULL = 1  #: the other leg's write buffer is full
+    BUSY = 2  #: what was read is still being worked on
+    STARTUP = 4  #: the other leg is not there yet
+
+
+def _ignore_data(data: bytes) -> None:
+    """Data of a leg that nobody listens to any more."""
+
+
+def _ignore() -> None:
+    """An event of a leg that nobody listens to any more."""
+
+
+class Leg(asyncio.Protocol):
+    """One connection. Its owner sets the `on_…` callables, which run on the event loop and must not raise."""
+
+    def __init__(self, high_water: int = DEFAULT_HIGH_WATER) -> None:
+        self.on_data: Callable[[bytes], None] = _ignore_data
+        self.on_eof: Callable[[], None] = _ignore
+        self.on_lost: Callable[[], None] = _ignore
+        self.on_full: Callable[[], None] = _ignore
+        self.on_drained: Callable[[], None] = _ignore
+        self._high_water = high_water
+        self._holds = Hold.NONE
+        self._transport: asyncio.Transport | None = None
+        #: Done when the connection is gone.
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.ended = False  # the other end has ended its direction
+
+    # --- what asyncio calls ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=self._high_water, low=self._high_water // 4)
+        tune(self._transport)
+        if self._holds:
+            self._transport.pause_reading()
+
+    def data_received(self, data: bytes) -> None:
+        self.on_data(data)
+
+    def eof_received(self) -> bool:
+        self.ended = True
+        self.on_eof()
+        return True  # half-open: what is on its way to this leg is still delivered
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.lost.done():
+            self.lost.set_result(None)
+        self.on_lost()
+
+    def pause_writing(self) -> None:
+        self.on_full()
+
+    def resume_writing(self) -> None:
+        self.on_drained()
+
+    # --- what the owner calls ---
+
+    @property
+    def peer(self) -> str:
+        """The other end's address for a log line, or an empty text."""
+        name = self._transport.get_extra_info("peername") if self._transport is not None else None
+        return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "")
+
+    def hold(self, reason: Hold) -> None:
+        """Stops reading until `release` was called for each reason."""
+        if not self._holds and self._open:
+            cast(asyncio.Transport, self._transport).pause_reading()
+        self._holds |= reason
+
+    def release(self, reason: Hold) -> None:
+        """Takes one reason away."""
+        if not self._holds & reason:
+            return
+        self._holds &= ~reason
+        if not self._holds and self._open:
+            cast(asyncio.Transport, self._transport).resume_reading()
+
+    def write(self, chunks: Sequence[bytes | memoryview]) -> None:
+        """Writes, or drops where the connection is already closing."""
+        if self._open:
+            transport = cast(asyncio.Transport, self._transport)
+            if len(chunks) == 1:
+                transport.write(chunks[0])
+            else:
+                transport.writelines(chunks)
+
+    def write_eof(self) -> None:
+        """Ends this direction after what was written; the other one stays open."""
+        if self._open:
+            transport = cast(asyncio.Transport, self._transport)
+            if transport.can_write_eof():
+                transport.write_eof()
+
+    def close(self) -> None:
+        """Closes after what was written has been delivered."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Closes at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    @property
+    def _open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+
+class Relay:
+    """Joins two legs until both are gone.
+
+    `to_server` and `to_client` take what was read and call `write` of the opposite leg.
+    """
+
+    def __init__(
+        self, client: Leg, server: Leg, to_server: Callable[[bytes], None], to_client: Callable[[bytes], None]
+    ) -> None:
+        self.client = client
+        self.server = server
+        client.on_data, server.on_data = to_server, to_client
+        client.on_full, client.on_drained = lambda: server.hold(Hold.PEER_FULL), lambda: server.release(Hold.PEER_FULL)
+        server.on_full, server.on_drained = lambda: client.hold(Hold.PEER_FULL), lambda: client.release(Hold.PEER_FULL)
+        # The client's end of stream only ends its direction: replies to what it sent are still on their way.
+        client.on_eof, client.on_lost = server.write_eof, server.close
+        # Without a server there is nothing more to say to either side.
+        server.on_eof, server.on_lost = self.close, client.close
+        # What happened while they were not joined yet.
+        if client.lost.done() or server.lost.done() or server.ended:
+            self.close()
+        elif client.ended:
+            server.write_eof()
+
+    async def finished(self) -> None:
+        """Returns when both legs are gone."""
+        await self.client.lost
+        await self.server.lost
+
+    def close(self) -> None:
+        """Ends both legs after what was written to them has been delivered."""
+        self.client.close()
+        self.server.close()

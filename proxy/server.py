@@ -1,0 +1,205 @@
+"""The proxy: listens, makes a session of each connection, and ends them in order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final
+
+import structlog
+
+from proxy.relay import Leg
+from proxy.rewriter import Rewriter
+from proxy.session import Key, Limits, Session
+from proxy.upstream import Address, Upstream
+
+log = structlog.get_logger("dfproxy.server")
+
+
+@dataclass(frozen=True)
+class ProxyConfig:
+    """What a proxy is told. Times are seconds, sizes bytes.
+
+    `upstream` is a libpq connection string or what Upstream.parse made of one; `port` 0 picks a free one;
+    `reuse_port` lets several processes listen on the same port. `startup_timeout` runs from a client's connection
+    until it is authenticated, `drain_timeout` from `drain` until what is left is cut. `write_buffer` is what may wait
+    for one side of a session before the other is no longer read, `max_rewrite` the longest statement that is looked
+    into.
+    """
+
+    upstream: Upstream | str
+    host: str = "127.0.0.1"
+    port: int = 6432
+    reuse_port: bool = False
+    backlog: int = 1024
+    startup_timeout: float = 60.0
+    drain_timeout: float = 30.0
+    max_client_connections: int = 10_000
+    write_buffer: int = 256 * 1024
+    max_rewrite: int = 64 * 1024 * 1024
+
+
+#: Connections that may be there beyond `max_client_connections`: those that have not authenticated, and cancel
+#: requests.
+_SPARE: Final = 1000
+
+
+def _nothing() -> None:
+    """Nobody wants to know of commits."""
+
+
+class ProxyServer:
+    """Serves clients from `start` to `close`, or inside `async with`.
+
+    `on_commit` is called on the event loop, must not block or raise, and means: a transaction in which df was
+    mentioned may just have been committed. `rewriter` is for tests.
+    """
+
+    def __init__(
+        self, config: ProxyConfig, on_commit: Callable[[], None] = _nothing, *, rewriter: Rewriter | None = None
+    ) -> None:
+        self.config = config
+        self.upstream = config.upstream if isinstance(config.upstream, Upstream) else Upstream.parse(config.upstream)
+        self.keys: dict[Key, Address] = {}
+        self.draining = False
+        self.rewriter = rewriter if rewriter is not None else Rewriter()
+        self._on_commit = on_commit
+        self._limits = Limits(config.startup_timeout, config.write_buffer, config.max_rewrite)
+        self._sessions: set[Session] = set()
+        self._admitted: set[Session] = set()
+        self._listener: asyncio.Server | None = None
+        self._main: asyncio.Task[None] | None = None
+        self._group: asyncio.TaskGroup | None = None
+        self._stop = asyncio.Event()
+        self._empty = asyncio.Event()
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Listens. Raises OSError where the address can't be had."""
+        if self._main is not None:
+            raise RuntimeError("a ProxyServer starts once")
+        config = self.config
+        self._listener = await asyncio.get_running_loop().create_server(
+            lambda: _ClientLeg(self, config.write_buffer),
+            config.host,
+            config.port,
+            reuse_port=config.reuse_port,
+            backlog=config.backlog,
+            start_serving=False,
+        )
+        ready = asyncio.Event()
+        self._main = asyncio.create_task(self._serve(ready), name="dfproxy-server")
+        await ready.wait()
+        await self._listener.start_serving()
+
+    async def close(self) -> None:
+        """Stops listening, cuts every connection and returns when all are gone."""
+        self.draining = True
+        if self._listener is not None:
+            self._listener.close()
+        self._stop.set()
+        if self._main is not None:
+            await self._main
+        self.rewriter.close()
+
+    async def drain(self) -> None:
+        """Stops accepting, and lets clients finish: each is dismissed as soon as it is between transactions.
+
+        Returns when none is left; those that are not done within `drain_timeout` are cut.
+        """
+        self.draining = True
+        if self._listener is not None:
+            self._listener.close()
+        for session in tuple(self._sessions):
+            if session.idle or not session.established:
+                session.dismiss()
+        try:
+            async with asyncio.timeout(self.config.drain_timeout):
+                while self._sessions:
+                    self._empty.clear()
+                    await self._empty.wait()
+        except TimeoutError:
+            log.warning("cutting clients that did not finish in time", clients=len(self._sessions))
+            for session in tuple(self._sessions):
+                session.abort()
+
+    async def __aenter__(self) -> ProxyServer:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _serve(self, ready: asyncio.Event) -> None:
+        """Owns the sessions' tasks: returns when `close` asks for it and the last one has ended."""
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            ready.set()
+            await self._stop.wait()
+            for session in tuple(self._sessions):
+                session.abort()
+
+    def accept(self, leg: Leg) -> None:
+        """Starts a session for a new connection, unless there are far too many."""
+        if self._group is None or self.draining or len(self._sessions) >= self.config.max_client_connections + _SPARE:
+            leg.abort()
+            return
+        session = Session(self, self._limits, leg)
+        self._sessions.add(session)
+        self._group.create_task(self._run(session))
+
+    async def _run(self, session: Session) -> None:
+        try:
+            await session.run()
+        except Exception:
+            # A bug that one session found must not end the others.
+            log.exception("a session failed")
+        finally:
+            self._sessions.discard(session)
+            self._admitted.discard(session)
+            if not self._sessions:
+                self._empty.set()
+
+    # --- what it knows ---
+
+    @property
+    def port(self) -> int:
+        """The TCP port that it listens on."""
+        if self._listener is None or not self._listener.sockets:
+            raise RuntimeError("the proxy does not listen")
+        return int(self._listener.sockets[0].getsockname()[1])
+
+    @property
+    def clients(self) -> int:
+        """How many connections there are."""
+        return len(self._sessions)
+
+    # --- what sessions ask ---
+
+    def admit(self, session: Session) -> bool:
+        """Counts one more client, unless there are enough."""
+        if len(self._admitted) >= self.config.max_client_connections:
+            return False
+        self._admitted.add(session)
+        return True
+
+    def committed(self) -> None:
+        """Passes on that a transaction may have been committed."""
+        self._on_commit()
+
+
+class _ClientLeg(Leg):
+    """A client's connection: it gets a session as soon as it is there."""
+
+    def __init__(self, server: ProxyServer, high_water: int) -> None:
+        super().__init__(high_water)
+        self._accept = server.accept
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._accept(self)

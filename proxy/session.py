@@ -1,0 +1,541 @@
+"""One client's connection, from its first byte to its last.
+
+The client's leg is there first. A startup packet makes the session dial the upstream and send the packet on as it came;
+from then on both directions are relayed, and this module is what looks at them on their way:
+
+* client to server: Query and Parse are given to the rewriter; the other messages are only noted, so that it is known
+  what the server's replies are about
+* server to client: parameters, the cancel key, errors and notices, and ReadyForQuery
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final, Protocol
+
+import structlog
+
+from proxy.encodings import codec
+from proxy.relay import Hold, Leg, Relay
+from proxy.replies import client_view
+from proxy.rewriter import INLINE_LIMIT, Dialect, Rewriter, Statement
+from proxy.upstream import Address, DialError, Upstream, dial
+from proxy.wire import backend, build
+from proxy.wire.frames import (
+    NOTE,
+    PEEK,
+    WHOLE,
+    Frame,
+    FrameSplitter,
+    Item,
+    Peek,
+    ProtocolError,
+    StartupPacket,
+    StartupParser,
+)
+from proxy.wire.messages import (
+    ANSWER_NO,
+    MAX_AUTH_MESSAGE,
+    MAX_MESSAGE,
+    PROTOCOL_3_0,
+    SCRAM_SHA_256_PLUS,
+    Authentication,
+    Backend,
+    Frontend,
+    TransactionStatus,
+)
+from proxy.wire.states import ASKING, TELLING, Conversation, Event, Phase, Startup, packet_event, server_event
+
+log = structlog.get_logger("dfproxy.session")
+
+#: Errors and notices above this size pass unread. Payload bytes.
+_MAX_DIAGNOSIS: Final = 1024 * 1024
+#: Prepared statements and portals that mention df and are remembered for one session; beyond that the oldest are
+#: forgotten, which costs their errors the position, and their commits the instant wake-up.
+_MAX_REMEMBERED: Final = 10_000
+#: Seconds that a CancelRequest may take on its way to the server.
+_CANCEL_TIMEOUT: Final = 10.0
+#: Seconds in which a connection that is being closed may take what was written to it.
+_LINGER: Final = 10.0
+
+Key = tuple[int, bytes]
+
+
+class Host(Protocol):
+    """What a session needs from the server that it belongs to."""
+
+    upstream: Upstream
+    rewriter: Rewriter
+    #: Cancel keys of live sessions, and where their server is.
+    keys: dict[Key, Address]
+    draining: bool
+
+    def admit(self, session: Session, /) -> bool:
+        """Whether this client, too, may be served."""
+
+    def committed(self) -> None:
+        """A transaction of a session that spoke of df may have been committed."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds for one session. Seconds and bytes."""
+
+    startup_timeout: float = 60.0
+    write_buffer: int = 256 * 1024
+    max_rewrite: int = 64 * 1024 * 1024
+
+
+class _End(Enum):
+    """What the client wants instead of a session."""
+
+    CLOSED = "closed"
+
+
+class Session:
+    """Serves one client leg: `run` until both connections are gone."""
+
+    def __init__(self, host: Host, limits: Limits, client: Leg) -> None:
+        self._host = host
+        self._limits = limits
+        self._client = client
+        self._server: Leg | None = None
+        self._relay: Relay | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._address: Address | None = None
+        self._key: Key | None = None
+        self._log = log.bind(client=client.peer)
+        loop = asyncio.get_running_loop()
+        self._deadline = asyncio.timeout(limits.startup_timeout)
+
+        self._startup = Startup()
+        self._packets = StartupParser()
+        self._first: asyncio.Future[StartupPacket | _End] = loop.create_future()
+
+        self._conversation: Conversation[Statement] = Conversation(started=False)
+        self._statements: dict[bytes, Statement] = {}
+        self._portals: dict[bytes, Statement] = {}
+        self._touched = False  # df was mentioned since the last moment between transactions
+        self._status: int | None = None
+        self._parameters = {"client_encoding": "UTF8", "server_encoding": "UTF8", "standard_conforming_strings": "on"}
+        self._dialect = Dialect()
+
+        self._up = FrameSplitter(max_length=MAX_AUTH_MESSAGE, max_whole=limits.max_rewrite)
+        for type_ in ASKING:
+            self._up.modes[type_] = NOTE
+        self._up.modes[Frontend.QUERY] = self._up.modes[Frontend.PARSE] = WHOLE
+        self._up.modes[Frontend.PASSWORD] = NOTE
+        self._down = FrameSplitter(max_length=MAX_MESSAGE, max_whole=_MAX_DIAGNOSIS)
+        self._starting_modes(self._down.modes)
+
+        self._work: asyncio.Queue[tuple[Frame, bytes, bytes]] = asyncio.Queue(1)
+        self._unread: list[Iterator[Item]] = []  # what the client sent, while a large statement is being compiled
+
+        client.on_data = self._on_first_bytes
+        client.on_eof = client.on_lost = self._on_gone_early
+
+    # --- life ---
+
+    async def run(self) -> None:
+        """Serves the client to its end. Every failure of this client or its server ends here."""
+        self._task = asyncio.current_task()
+        try:
+            async with self._deadline:
+                await self._serve()
+        except TimeoutError:
+            self._log.info("the client or the server took too long to authenticate")
+        except ProtocolError as e:
+            # Whoever this is does not speak the protocol: there is no way to answer.
+            self._log.info("malformed bytes", sender="client", reason=str(e))
+        except DialError as e:
+            self._log.warning("no upstream", reason=str(e))
+            self._refuse(
+                "08006",
+                f"dfproxy can't reach PostgreSQL: {e}",
+                hint="Check that the server runs and accepts connections from dfproxy's host, and dfproxy's setting"
+                " \"upstream\".",
+            )
+        finally:
+            self._task = None
+            if self._key is not None and self._host.keys.get(self._key) == self._address:
+                del self._host.keys[self._key]
+            await self._close()
+
+    async def _close(self) -> None:
+        legs = [leg for leg in (self._client, self._server) if leg is not None]
+        for leg in legs:
+            leg.close()
+        _, pending = await asyncio.wait([leg.lost for leg in legs], timeout=_LINGER)
+        if pending:
+            self.abort()
+            await asyncio.wait(pending)
+
+    def abort(self) -> None:
+        """Cuts both connections at once; `run` returns soon after."""
+        self._client.abort()
+        if self._server is not None:
+            self._server.abort()
+        elif self._task is not None:
+            self._task.cancel()
+
+    @property
+    def established(self) -> bool:
+        """Whether the client has its connection to the server."""
+        return self._relay is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether the session is between transactions with nothing on its way."""
+        return (
+            self._status == TransactionStatus.IDLE
+            and self._conversation.idle
+            and self._up.at_boundary
+            and self._down.at_boundary
+            and not self._unread
+        )
+
+    def dismiss(self) -> None:
+        """Ends an idle session, or one that has not begun, and says why."""
+        if self._relay is None or self.idle:
+            self._refuse("57P01", "terminating connection because dfproxy is shutting down", hint="Connect again.")
+        if self._server is not None:
+            self._server.write([build.terminate()])
+            self._server.close()
+        self._client.close()
+
+    def _refuse(self, sqlstate: str, text: str, *, hint: str | None = None) -> None:
+        """Ends the client's connection with an error, where the client can still understand one."""
+        if self._down.at_boundary:
+            self._client.write([build.error_response("FATAL", sqlstate, text, hint=hint)])
+        self._client.close()
+
+    async def _serve(self) -> None:
+        packet = await self._first
+        if isinstance(packet, _End):
+            return
+        if self._startup.phase is Phase.CANCELLING:
+            await self._cancel(packet)
+            return
+        if packet.major != PROTOCOL_3_0 >> 16:
+            version = f"{packet.major}.{packet.code & 0xFFFF}"
+            self._refuse("0A000", f"unsupported frontend protocol {version}: dfproxy supports 3.0 and later")
+            return
+        if not self._host.admit(self):
+            self._refuse("53300", "sorry, too many clients already: dfproxy's limit is reached")
+            return
+        server, self._address = await self._host.upstream.dial(self._make_server)
+        self._server = server
+        self._relay = Relay(self._client, server, self._to_server, self._to_client)
+        server.write([packet.raw])
+        if rest := self._packets.take_rest():
+            self._to_server(rest)
+        self._client.release(Hold.STARTUP)
+        async with asyncio.TaskGroup() as group:
+            compiling = group.create_task(self._compile_large())
+            await self._relay.finished()
+            compiling.cancel()
+
+    def _make_server(self) -> Leg:
+        return Leg(self._limits.write_buffer)
+
+    # --- before there is a server ---
+
+    def _on_first_bytes(self, data: bytes) -> None:
+        self._packets.feed(data)
+        if self._first.done():
+            return
+        try:
+            self._read_packets()
+        except ProtocolError as e:
+            self._first.set_exception(e)
+
+    def _read_packets(self) -> None:
+        # TLS comes here: a handshake as the first byte, or an answer of `S` to SSLRequest.
+        if self._packets.is_tls:
+            raise ProtocolError("the client starts TLS, which dfproxy does not offer")
+        while (packet := self._packets.next_packet()) is not None:
+            event = packet_event(packet)
+            phase = self._startup.advance(event)
+            if phase in (Phase.SSL_ANSWER, Phase.GSS_ANSWER):
+                self._client.write([ANSWER_NO])
+                self._startup.advance(Event.REFUSAL)
+                continue
+            # Nothing more is read until the server is there to take it.
+            self._client.hold(Hold.STARTUP)
+            self._first.set_result(packet)
+            return
+
+    def _on_gone_early(self) -> None:
+        if not self._first.done():
+            self._first.set_result(_End.CLOSED)
+
+    async def _cancel(self, packet: StartupPacket) -> None:
+        """Forwards a CancelRequest as it came, and closes when the server has acted on it (it closes)."""
+        key = (int.from_bytes(packet.payload[:4], "big"), packet.payload[4:])
+        known = self._host.keys.get(key)
+        # A key that nobody here knows may be another process's session: the server that it is for will know.
+        for address in (known,) if known is not None else self._host.upstream.addresses:
+            try:
+                leg = await dial(address, Leg, _CANCEL_TIMEOUT)
+            except OSError as e:  # TimeoutError is one
+                self._log.warning("a cancel request did not reach the server", server=str(address), reason=str(e))
+                continue
+            self._server = leg
+            leg.on_eof = leg.close
+            leg.write([packet.raw])
+            await asyncio.wait([leg.lost], timeout=_CANCEL_TIMEOUT)
+            leg.abort()
+            await leg.lost
+
+    # --- client to server ---
+
+    def _to_server(self, data: bytes) -> None:
+        if self._unread:
+            self._unread.append(self._up.feed(data))
+        else:
+            self._forward(self._up.feed(data))
+
+    def _forward(self, items: Iterator[Item]) -> None:
+        """Sends on what the client sent, up to a statement that is too large to compile here and now."""
+        out: list[bytes | memoryview] = []
+        try:
+            for item in items:
+                if isinstance(item, int):
+                    self._noted(item)
+                elif isinstance(item, Frame):
+                    name, statement = _split(item)
+                    if statement is not None and len(statement) > INLINE_LIMIT:
+                        self._client.hold(Hold.BUSY)
+                        self._unread.append(items)
+                        self._work.put_nowait((item, name, statement))
+                        break
+                    rewritten = self._host.rewriter.rewrite(statement, self._dialect) if statement is not None else None
+                    out.append(self._rewritten(item, name, rewritten))
+                elif isinstance(item, Peek):
+                    self._peeked(item)
+                else:
+                    out.append(item)
+        except ProtocolError as e:
+            self._malformed("client", e)
+        if out and self._server is not None:
+            self._server.write(out)
+
+    async def _compile_large(self) -> None:
+        """Compiles large statements, one at a time; what the client sent after one waits for it."""
+        while True:
+            frame, name, statement = await self._work.get()
+            rewritten = await self._host.rewriter.rewrite_large(statement, self._dialect)
+            if self._server is not None:
+                self._server.write([self._rewritten(frame, name, rewritten)])
+            del frame, statement
+            unread, self._unread = self._unread, []
+            while unread and not self._unread:
+                self._forward(unread.pop(0))
+            self._unread += unread
+            if not self._unread:
+                self._client.release(Hold.BUSY)
+
+    def _rewritten(self, frame: Frame, name: bytes, statement: Statement | None) -> bytes:
+        """The message to send for a Query or Parse, which is noted and, if it mentions df, remembered."""
+        self._conversation.sent(frame.type, statement)
+        if frame.type == Frontend.PARSE:
+            self._remember(self._statements, name, statement)
+        if statement is None or statement.text is None:
+            return frame.encode()
+        if frame.type == Frontend.QUERY:
+            return build.query(statement.text)
+        rest = frame.payload[frame.payload.index(b"\0", len(name) + 1) + 1 :]
+        return build.message(Frontend.PARSE, name + b"\0" + statement.text + b"\0" + rest)
+
+    def _noted(self, type_: int) -> None:
+        if type_ == Frontend.PASSWORD:
+            self._advance(Event.PASSWORD_MESSAGE)
+        else:
+            # A Query or Parse that comes here was too long to be looked at.
+            self._conversation.sent(type_)
+
+    def _peeked(self, peek: Peek) -> None:
+        """A message that names a statement or portal, in a session in which some of them mention df."""
+        statement: Statement | None = None
+        match peek.type:
+            case Frontend.BIND:
+                portal, _, rest = peek.start.partition(b"\0")
+                name, end, _ = rest.partition(b"\0")
+                statement = self._statements.get(name) if end else None
+                self._remember(self._portals, portal, statement)
+            case Frontend.EXECUTE:
+                statement = self._portals.get(peek.start.partition(b"\0")[0])
+            case Frontend.DESCRIBE | Frontend.CLOSE:
+                names = self._statements if peek.start[:1] == b"S" else self._portals
+                name = peek.start[1:].partition(b"\0")[0]
+                statement = names.get(name)
+                if peek.type == Frontend.CLOSE:
+                    self._remember(names, name, None)
+        self._conversation.sent(peek.type, statement)
+
+    def _remember(self, names: dict[bytes, Statement], name: bytes, statement: Statement | None) -> None:
+        if statement is None:
+            if names:
+                names.pop(name, None)
+            return
+        names.pop(name, None)
+        names[name] = statement
+        if len(names) > _MAX_REMEMBERED:
+            del names[next(iter(names))]
+        for type_ in (Frontend.BIND, Frontend.EXECUTE, Frontend.DESCRIBE, Frontend.CLOSE):
+            self._up.modes[type_] = PEEK
+
+    # --- server to client ---
+
+    @staticmethod
+    def _starting_modes(modes: bytearray) -> None:
+        """Before the session is ready every message is looked at: there are few, and their order is fixed."""
+        modes[:] = bytes((NOTE,)) * 256
+        for type_ in (
+            Backend.AUTHENTICATION,
+            Backend.BACKEND_KEY_DATA,
+            Backend.ERROR_RESPONSE,
+            Backend.NOTICE_RESPONSE,
+            Backend.PARAMETER_STATUS,
+            Backend.READY_FOR_QUERY,
+        ):
+            modes[type_] = WHOLE
+
+    @staticmethod
+    def _ready_modes(modes: bytearray) -> None:
+        modes[:] = bytes(256)
+        for type_ in TELLING:
+            modes[type_] = NOTE
+        for type_ in (
+            Backend.ERROR_RESPONSE,
+            Backend.NOTICE_RESPONSE,
+            Backend.PARAMETER_STATUS,
+            Backend.READY_FOR_QUERY,
+        ):
+            modes[type_] = WHOLE
+
+    def _to_client(self, data: bytes) -> None:
+        out: list[bytes | memoryview] = []
+        try:
+            for item in self._down.feed(data):
+                if isinstance(item, int):
+                    self._told(item)
+                elif isinstance(item, Frame):
+                    out.append(self._read(item))
+                elif not isinstance(item, Peek):
+                    out.append(item)
+        except ProtocolError as e:
+            self._client.write(out)
+            self._malformed("server", e)
+            return
+        if out:
+            self._client.write(out)
+        if self._host.draining and self.idle:
+            self.dismiss()
+
+    def _told(self, type_: int) -> None:
+        if self._startup.phase is not Phase.READY:
+            self._advance(server_event(type_))
+            return
+        done = self._conversation.received(type_)
+        if done is not None and done.tag is not None and done.type == Frontend.EXECUTE:
+            self._touched = True
+
+    def _read(self, frame: Frame) -> bytes:
+        """What the client gets for a message of the server that is read."""
+        starting = self._startup.phase is not Phase.READY
+        payload = frame.payload
+        code = None
+        match frame.type:
+            case Backend.READY_FOR_QUERY:
+                self._ready(backend.transaction_status(payload))
+            case Backend.ERROR_RESPONSE | Backend.NOTICE_RESPONSE:
+                payload = self._diagnosed(payload)
+                if frame.type == Backend.ERROR_RESPONSE:
+                    self._conversation.received(frame.type)
+            case Backend.PARAMETER_STATUS:
+                self._parameter(payload)
+            case Backend.BACKEND_KEY_DATA:
+                self._registered(payload)
+            case Backend.AUTHENTICATION:
+                code = backend.authentication_code(payload)
+                payload = self._authentication(code, payload)
+        if starting:
+            self._advance(server_event(frame.type, code))
+            if self._startup.phase is Phase.READY:
+                self._ready_modes(self._down.modes)
+        return frame.encode() if payload is frame.payload else build.message(frame.type, payload)
+
+    def _advance(self, event: Event) -> None:
+        # A client that sends requests before it knows whether it may is the server's business; so is one that never
+        # asks.
+        if event is Event.PASSWORD_MESSAGE and self._startup.phase is not Phase.PASSWORD:
+            return
+        self._startup.advance(event)
+
+    def _authentication(self, code: int, payload: bytes) -> bytes:
+        if code == Authentication.OK:
+            self._deadline.reschedule(None)
+            self._up.max_length = MAX_MESSAGE
+        elif code == Authentication.SASL:
+            offered = backend.sasl_mechanisms(payload)
+            if SCRAM_SHA_256_PLUS in offered:
+                # It binds the password's proof to one TLS connection from end to end, which there is not.
+                kept = [name for name in offered if name != SCRAM_SHA_256_PLUS]
+                return build.authentication_sasl(kept)[5:]
+        return payload
+
+    def _registered(self, payload: bytes) -> None:
+        assert self._address is not None
+        self._key = backend.backend_key_data(payload)
+        self._host.keys[self._key] = self._address
+
+    def _parameter(self, payload: bytes) -> None:
+        name, value = backend.parameter_status(payload)
+        if name in self._parameters:
+            self._parameters[name] = value
+            self._dialect = Dialect(
+                codec(self._parameters["client_encoding"], self._parameters["server_encoding"]),
+                self._parameters["standard_conforming_strings"] == "on",
+            )
+
+    def _diagnosed(self, payload: bytes) -> bytes:
+        request = self._conversation.current
+        compiled = request.tag.compiled if request is not None and request.tag is not None else None
+        try:
+            changed = client_view(payload, compiled.source_position if compiled is not None else None)
+        except ProtocolError:
+            raise
+        except Exception:
+            # A bug of ours in a position must not cost the client the message.
+            log.exception("an error's position could not be mapped")
+            return payload
+        return payload if changed is None else changed
+
+    def _ready(self, status: int) -> None:
+        done = self._conversation.received(Backend.READY_FOR_QUERY)
+        if done is not None and done.tag is not None:
+            self._touched = True
+        self._status = status
+        if status == TransactionStatus.IDLE and self._touched:
+            self._touched = False
+            self._host.committed()
+
+    def _malformed(self, who: str, error: ProtocolError) -> None:
+        self._log.info("malformed bytes", sender=who, reason=str(error))
+        self._refuse("08P01", f"dfproxy got malformed bytes from the {who}: {error}")
+        if self._server is not None:
+            self._server.close()
+
+
+def _split(frame: Frame) -> tuple[bytes, bytes | None]:
+    """Name (of a Parse) and statement; no statement where the message is malformed, which the server will say."""
+    if frame.type == Frontend.QUERY:
+        end = frame.payload.find(b"\0")
+        return b"", frame.payload[:end] if end == len(frame.payload) - 1 and end >= 0 else None
+    name, found, rest = frame.payload.partition(b"\0")
+    statement, terminated, _ = rest.partition(b"\0")
+    return name, statement if found and terminated else None
