@@ -8,10 +8,10 @@ from dsl.values import Json, Number, Result, ResultKind
 
 _FALSE = frozenset({"", "false", "f", "no", "off", "n"})
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?")
-#: Members by which results of HTTP and SIGNAL nodes are known (SURFACE 5.1).
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[][{}]', re.S)
 #: Levels that a test looks at, with some to spare: result, rows, row, column, the column's own members.
 _LEVELS = 8
+#: Members by which results of HTTP and SIGNAL nodes are known (SURFACE 5.1).
 _HTTP = frozenset({"status", "body", "headers", "ok"})
 _SIGNAL = frozenset({"signal_name", "timed_out"})
 

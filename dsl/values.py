@@ -61,7 +61,8 @@ class Column:
 
     `name`: the member of the row objects (duplicates are numbered). `oid`: of the type. `type`: what to write after
     `::` (format_type with modifier), `text` for those that can't be cast to. `shape`: how to read the JSON back: `s` a
-    scalar, `j` JSON itself, `a` and `b` an array (its text has commas, semicolons) of what follows, `c(...)` a composite.
+    scalar, `j` JSON itself, `a` or `b` an array (its text has commas, or semicolons) of what follows, `c(...)` a
+    composite.
     """
 
     name: str
