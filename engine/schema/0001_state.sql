@@ -2,11 +2,11 @@
 -- Runs once, in one transaction, under an advisory lock (engine/migrate.py), as the role that will own it all.
 -- The schemas `duroxide` and `df` exist already when this runs.
 
--- Who calls. In policies and defaults; quote_ident makes mixed-case role names work.
+-- Who calls. In policies and defaults; quote_ident makes mixed-case role names work. RETURN: its names are resolved here
+-- (migrate.py pins the search_path of this session), and the planner can inline it.
 CREATE FUNCTION duroxide.me() RETURNS regrole
 LANGUAGE sql STABLE PARALLEL SAFE
-SET search_path = pg_catalog, pg_temp
-AS $$ SELECT pg_catalog.quote_ident(current_user)::regrole $$;
+RETURN pg_catalog.quote_ident(current_user)::regrole;
 
 -- Settings that SQL functions need, mirrored by the worker and `dfproxy init`; only the owner writes.
 CREATE TABLE duroxide.settings (
@@ -122,10 +122,10 @@ ALTER TABLE duroxide.signals   ENABLE ROW LEVEL SECURITY;
 ALTER TABLE duroxide.vars      ENABLE ROW LEVEL SECURITY;
 
 CREATE POLICY instances_user_isolation ON duroxide.instances
-    USING (submitted_by = duroxide.me())
+    USING (submitted_by = (SELECT duroxide.me()))   -- a sub-select: once a query, not once a row
     WITH CHECK (submitted_by = duroxide.me());
 CREATE POLICY vars_user_isolation ON duroxide.vars
-    USING (owner = duroxide.me()) WITH CHECK (owner = duroxide.me());
+    USING (owner = (SELECT duroxide.me())) WITH CHECK (owner = duroxide.me());
 -- The sub-select is itself under instances_user_isolation.
 CREATE POLICY queue_user_isolation ON duroxide.queue FOR SELECT
     USING (EXISTS (SELECT FROM duroxide.instances i WHERE i.id = instance_id));
