@@ -82,7 +82,7 @@ async def privileges(connection: asyncpg.Connection, _: Settings) -> list[Findin
 async def schemas(connection: asyncpg.Connection, _: Settings) -> list[Finding]:
     """The installed schema version is the one of this dfproxy."""
     name = "schemas"
-    installed, newest = await migrate.schema_version(connection), migrate.newest_version()
+    installed, newest = await migrate.schema_version(connection), migrate.migrations()[-1].version
     if installed is None:
         return [Finding(name, Level.PROBLEM, "not installed", "run `dfproxy init`, or start `dfproxy serve`")]
     if installed < newest:

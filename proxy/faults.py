@@ -6,6 +6,7 @@ Anything `explain` does not know is a bug of ours, and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import ssl
 
@@ -19,6 +20,20 @@ from proxy.settings import SettingsError
 
 class UserError(Exception):
     """A fault with its sentence ready."""
+
+
+def cannot_listen(address: str, error: OSError) -> UserError:
+    """What to say where `address` (HOST:PORT) can't be listened on."""
+    match error.errno:
+        case errno.EADDRINUSE:
+            todo = "something listens there already; stop it, or give --listen 127.0.0.1:0 for any free port"
+        case errno.EACCES:
+            todo = "ports below 1024 are for root; give another one with --listen HOST:PORT"
+        case errno.EADDRNOTAVAIL:
+            todo = "this machine has no such address; give one of its own, or --listen *:PORT for all"
+        case _:
+            todo = "check --listen HOST:PORT"
+    return UserError(f"can't listen on {address}: {_reason(error)}; {todo}.")
 
 
 def _single(error: BaseException) -> BaseException:
@@ -35,18 +50,18 @@ def explain(error: BaseException, *, where: str = "the server") -> str | None:
         case UserError() | SettingsError() | EmbeddedError() | MigrationError():
             text = str(error)
         case asyncpg.InvalidPasswordError() | asyncpg.InvalidAuthorizationSpecificationError():
-            text = (f"PostgreSQL at {where} refused the login: {error}. "
+            text = (f"PostgreSQL at {where} refused the login: {_said(error)}. "
                     "Check user and password in --upstream (or DFPROXY_UPSTREAM), and pg_hba.conf of the server.")
         case asyncpg.InvalidCatalogNameError():
-            text = f"PostgreSQL at {where}: {error}. Name an existing database at the end of --upstream."
+            text = f"PostgreSQL at {where}: {_said(error)}. Name an existing database at the end of --upstream."
         case asyncpg.TooManyConnectionsError():
-            text = f"PostgreSQL at {where} has no connection left: {error}. Raise its max_connections, or free some."
+            text = f"PostgreSQL at {where} has no connection left: {_said(error)}. Free some, or raise max_connections."
         case asyncpg.CannotConnectNowError():
-            text = f"PostgreSQL at {where} is not ready: {error}. Try again in a moment."
+            text = f"PostgreSQL at {where} is not ready: {_said(error)}. Try again in a moment."
         case asyncpg.InsufficientPrivilegeError():
-            text = f"PostgreSQL at {where}: {error}. `dfproxy doctor` says which grant is missing."
+            text = f"PostgreSQL at {where}: {_said(error)}. `dfproxy doctor` says which grant is missing."
         case asyncpg.PostgresError():
-            text = f"PostgreSQL at {where}: {error} (SQLSTATE {error.sqlstate})."
+            text = f"PostgreSQL at {where}: {_said(error)} (SQLSTATE {error.sqlstate})."
         case asyncpg.InterfaceError() | asyncpg.InternalClientError():
             text = f"can't connect to {where}: {error}."
         case socket.gaierror():
@@ -64,9 +79,14 @@ def explain(error: BaseException, *, where: str = "the server") -> str | None:
     return redact(text)
 
 
+def _said(error: asyncpg.PostgresError) -> str:
+    """The server's own words on one line."""
+    parts = [str(error.args[0]) if error.args else type(error).__name__]
+    parts += [text for text in (getattr(error, "detail", None), getattr(error, "hint", None)) if text]
+    return ". ".join(part.rstrip(".") for part in parts)
+
+
 def _reason(error: OSError) -> str:
     if error.errno is None or error.errno not in errno.errorcode:
         return str(error)
-    import os
-
     return os.strerror(error.errno)

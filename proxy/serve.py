@@ -17,8 +17,8 @@ import structlog
 import uvloop
 
 import proxy
-from engine.worker import Worker
 from proxy import dsn, wiring
+from proxy.faults import cannot_listen
 from proxy.local import LocalServer, default_folder
 from proxy.server import ProxyServer
 from proxy.settings import Settings
@@ -104,6 +104,8 @@ async def serve(settings: Settings) -> int:
 async def serve_here(ready: Ready, stop: asyncio.Event, *, announce: Callable[[int], Awaitable[None]],
                      reuse_port: bool = False) -> None:
     """The proxy and its workers in this process, until `stop` is set; then both end within `drain_timeout`."""
+    from engine.worker import Worker
+
     settings = ready.settings
     workers = [Worker(wiring.engine_settings(settings, name)) for name in ready.databases]
 
@@ -112,7 +114,7 @@ async def serve_here(ready: Ready, stop: asyncio.Event, *, announce: Callable[[i
             worker.wake()
 
     server = ProxyServer(wiring.proxy_config(settings, reuse_port=reuse_port), on_commit=on_commit)
-    async with server, asyncio.TaskGroup() as group:
+    async with _listening(server, settings), asyncio.TaskGroup() as group:
         for worker in workers:
             group.create_task(worker.run())
         await announce(server.port)
@@ -121,8 +123,22 @@ async def serve_here(ready: Ready, stop: asyncio.Event, *, announce: Callable[[i
         await _all([server.drain(), *(worker.stop(settings.drain_timeout) for worker in workers)])
 
 
+@contextlib.asynccontextmanager
+async def _listening(server: ProxyServer, settings: Settings) -> AsyncIterator[None]:
+    try:
+        await server.start()
+    except OSError as e:
+        raise cannot_listen(settings.listen, e) from e
+    try:
+        yield
+    finally:
+        await server.close()
+
+
 async def work(settings: Settings) -> int:
     """`dfproxy worker`: the engine alone, until SIGTERM or SIGINT. Returns the exit status."""
+    from engine.worker import Worker
+
     stop = stop_on_signals()
     databases = await wiring.install(settings)
     workers = [Worker(wiring.engine_settings(settings, name)) for name in databases]

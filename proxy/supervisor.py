@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 import structlog
 
+from proxy.faults import cannot_listen
 from proxy.logs import configure
 from proxy.serve import Ready, announce, run, serve_here, stop_on_signals
 from proxy.settings import Settings
@@ -61,16 +62,20 @@ async def supervise(ready: Ready, stop: asyncio.Event) -> int:
 def _held(host: str, port: int) -> Iterator[int]:
     """Keeps a port bound, not listening, for children with SO_REUSEPORT; yields its number (0 has picked one).
 
-    Raises OSError where it is in use, also by another dfproxy that would share it.
+    Raises UserError where it is in use, also by another dfproxy that would share it.
     """
-    family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, proto) as alone:
-        alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        alone.bind(address)
-    with socket.socket(family, kind, proto) as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.bind(address)
+    with contextlib.ExitStack() as stack:
+        try:
+            family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, proto) as alone:
+                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                alone.bind(address)
+            held = stack.enter_context(socket.socket(family, kind, proto))
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            held.bind(address)
+        except OSError as e:
+            raise cannot_listen(f"{host}:{port}", e) from e
         yield int(held.getsockname()[1])
 
 
