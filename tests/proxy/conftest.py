@@ -1,0 +1,24 @@
+"""A proxy before a fresh database."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.fix_postgres import Database
+from tests.proxy.proxies import RunningProxy, running_proxy
+
+
+@pytest.fixture
+def proxied(database: Database) -> Iterator[RunningProxy]:
+    """A proxy before the fresh database of each version."""
+    with running_proxy(database.dsn()) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxied18(database18: Database) -> Iterator[RunningProxy]:
+    """A proxy before the fresh database of the newest version."""
+    with running_proxy(database18.dsn()) as proxy:
+        yield proxy
