@@ -1,0 +1,586 @@
+"""A step's session with PostgreSQL: the wire codec in the client role.
+
+`StepConnection` pipelines: everything up to a step's result leaves in one write, and everything from there to COMMIT,
+with the clean-up of the session behind it, in a second one. Statements of one write share one Sync, so that none runs
+after one that failed: a step never runs outside the transaction that its BEGIN should have opened.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from proxy.wire import backend, build
+from proxy.wire.auth import AuthenticationError, ClientAuth
+from proxy.wire.backend import ColumnDescription
+from proxy.wire.frames import FrameParser, ProtocolError
+from proxy.wire.messages import Backend, TransactionStatus
+
+
+class ServerError(Exception):
+    """An ErrorResponse. `fields` are keyed by the protocol's one-letter codes."""
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        self.fields = fields
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        return self.fields.get("M", "unknown error")
+
+    @property
+    def sqlstate(self) -> str:
+        return self.fields.get("C", "XX000")
+
+    @property
+    def fatal(self) -> bool:
+        """Whether the session ended with it."""
+        return self.fields.get("V", self.fields.get("S")) in ("FATAL", "PANIC")
+
+
+class ConnectionLostError(Exception):
+    """The session ended without an answer; `cause_fields` are those of the server's last words, if it had any."""
+
+    def __init__(self, message: str, error: ServerError | None = None) -> None:
+        super().__init__(message)
+        self.error = error
+
+
+class ResultTooLargeError(Exception):
+    """A result exceeds a limit; the message names the limit. The connection must be closed."""
+
+
+class StepRefusedError(Exception):
+    """A statement that no step may contain; its transaction must be rolled back."""
+
+    def __init__(self, message: str, sqlstate: str) -> None:
+        super().__init__(message)
+        self.sqlstate = sqlstate
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where and as whom to connect. A host that starts with `/` is the folder of a Unix-domain socket.
+
+    `primary`: only a server that accepts writes will do. `sslmode` has libpq's values.
+    """
+
+    hosts: tuple[tuple[str, int], ...]
+    user: str
+    database: str
+    password: str | None = field(default=None, repr=False)
+    primary: bool = False
+    sslmode: str = "prefer"
+    sslrootcert: str | None = None
+
+    @classmethod
+    def from_dsn(cls, dsn: str) -> Target:
+        """Reads a libpq URI. Raises ValueError where it is none."""
+        parts = urlsplit(dsn)
+        if parts.scheme not in ("postgresql", "postgres"):
+            raise ValueError("the upstream is not a URI that starts with postgresql://")
+        query = {k: v[-1] for k, v in parse_qs(parts.query, keep_blank_values=True).items()}
+        credentials, at, addresses = parts.netloc.rpartition("@")
+        user, _, password = credentials.partition(":") if at else ("", "", "")
+        names: list[str] = []
+        ports: list[str] = []
+        for address in addresses.split(","):
+            name, port = address, ""
+            if not address.endswith("]") and ":" in address:
+                name, _, port = address.rpartition(":")
+            names.append(unquote(name).strip("[]"))
+            ports.append(port)
+        if "host" in query:
+            names = query["host"].split(",")
+            ports = [""] * len(names)
+        if "port" in query:
+            given = query["port"].split(",")
+            ports = given * len(names) if len(given) == 1 else given
+        if len(names) != len(ports):
+            raise ValueError("the upstream names a different number of hosts and ports")
+        fallback = os.environ.get("PGPORT", "5432")
+        who = unquote(user) or query.get("user") or os.environ.get("PGUSER") or "postgres"
+        attributes = query.get("target_session_attrs", "any")
+        return cls(
+            hosts=tuple((n or os.environ.get("PGHOST", "localhost"), int(p or fallback))
+                        for n, p in zip(names, ports, strict=True)),
+            user=who,
+            password=unquote(password) or query.get("password") or os.environ.get("PGPASSWORD"),
+            database=unquote(parts.path.lstrip("/")) or query.get("dbname") or os.environ.get("PGDATABASE") or who,
+            primary=len(names) > 1 or attributes in ("read-write", "primary"),
+            sslmode=query.get("sslmode") or os.environ.get("PGSSLMODE", "prefer"),
+            sslrootcert=query.get("sslrootcert") or os.environ.get("PGSSLROOTCERT"),
+        )
+
+    def to(self, *, user: str, password: str | None, database: str | None) -> Target:
+        """The same servers for another role, and maybe another database."""
+        return replace(self, user=user, password=password, database=database or self.database)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a statement returned, in text format; `columns` None: it returns no rows."""
+
+    columns: list[ColumnDescription] | None
+    rows: list[list[bytes | None]]
+    tag: str
+
+
+#: Parameter types of duroxide.checkpoint. Given by OID: a cast in the text would look type names up in a search_path
+#: that the step may have changed, and pg_temp comes first in it.
+CHECKPOINT_TYPES = (25, 2950, 3802, 25, 1016, 1009, 3802, 1184, 3802)
+CHECKPOINT = "SELECT duroxide.checkpoint($1, $2, $3, $4, $5, $6, $7, $8, $9)"
+
+#: Everything that a step can leave behind in a session: DISCARD ALL without DISCARD PLANS, which would make the next
+#: checkpoint plan its statements anew.
+RESET = (
+    "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; DEALLOCATE ALL; UNLISTEN *; "
+    "SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD TEMP; DISCARD SEQUENCES"
+)
+
+
+def _statement(sql: str) -> bytes:
+    return build.parse("", sql) + build.bind("", "") + build.execute("")
+
+
+_BEGIN = _statement("BEGIN")
+_COMMIT = _statement("COMMIT")
+#: Deferred constraints and triggers fire here, as the submitter and before the checkpoint, where they can still fail
+#: the step. Left to COMMIT they would run as the executor (before PostgreSQL 18) and fail what is already recorded.
+_CONSTRAINTS = _statement("SET CONSTRAINTS ALL IMMEDIATE")
+_LEAVE_ROLE = _statement("SET ROLE NONE")
+_SYNC = build.sync()
+_RESET = build.query(RESET)
+_ROLLBACK = build.query("ROLLBACK")
+_CHECKPOINT = build.parse("", CHECKPOINT, CHECKPOINT_TYPES)
+
+_IN_TRANSACTION = TransactionStatus.IN_TRANSACTION
+_IDLE = TransactionStatus.IDLE
+_PARSE_COMPLETE = int(Backend.PARSE_COMPLETE)
+_BIND_COMPLETE = int(Backend.BIND_COMPLETE)
+_COMMAND_COMPLETE = int(Backend.COMMAND_COMPLETE)
+_DATA_ROW = int(Backend.DATA_ROW)
+_READY = int(Backend.READY_FOR_QUERY)
+_ROW_DESCRIPTION = int(Backend.ROW_DESCRIPTION)
+_NO_DATA = int(Backend.NO_DATA)
+_ERROR = int(Backend.ERROR_RESPONSE)
+
+
+class _Exchange:
+    """What is written up to one ReadyForQuery, and the answers to it."""
+
+    __slots__ = ("columns", "copy", "described", "error", "future", "resync", "rows", "size", "status", "tag", "tags")
+
+    def __init__(self, future: asyncio.Future[_Exchange] | None, *, resync: bool = False) -> None:
+        self.future = future
+        self.resync = resync  # a Sync is needed after CopyFail: COPY FROM swallows the one sent
+        self.described = False
+        self.columns: list[ColumnDescription] | None = None
+        self.rows: list[list[bytes | None]] = []
+        self.size = 0
+        self.tags: list[str] = []
+        self.tag: str | None = None  # of the statement that was described
+        self.error: ServerError | None = None
+        self.copy = False
+        self.status = 0
+
+
+class StepConnection(asyncio.Protocol):
+    """One session. Made by `connect`; not for concurrent use, except `cancel` and `abort`."""
+
+    def __init__(self, target: Target, *, max_rows: int, max_bytes: int) -> None:
+        self.target = target
+        self.max_rows = max_rows
+        self.max_bytes = max_bytes
+        self.parameters: dict[str, str] = {}
+        self.status = 0
+        self.used_at = 0.0  #: for the pool: loop time of the last use
+        self.closed = False
+        self.address: tuple[str, int] = target.hosts[0]
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._parser = FrameParser(max_bytes + 65536)
+        self._exchanges: deque[_Exchange] = deque()
+        self._auth = ClientAuth(target.user, target.password)
+        self._started: asyncio.Future[None] = self._loop.create_future()
+        self._tls_answer: asyncio.Future[bytes] | None = None
+        self._pid = 0
+        self._key = b""
+        self._last_words: ServerError | None = None
+        self._reset_fault: ServerError | None = None
+
+    # -- making one --------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def connect(cls, target: Target, parameters: Mapping[str, str], *, timeout: float,
+                      max_rows: int = 100_000, max_bytes: int = 16 * 2**20) -> StepConnection:
+        """Connects and logs in, trying each host in turn. `parameters` go into the startup packet.
+
+        Raises TimeoutError after `timeout` seconds in all, ServerError if the server refuses, AuthenticationError,
+        ConnectionLostError if no host answers.
+        """
+        fault: Exception = ConnectionLostError("no host given")
+        async with asyncio.timeout(timeout):
+            for address in target.hosts:
+                connection = cls(target, max_rows=max_rows, max_bytes=max_bytes)
+                try:
+                    await connection._dial(address, parameters)
+                except (OSError, ConnectionLostError, ServerError) as e:
+                    connection.abort()
+                    fault = e if not isinstance(e, OSError) else ConnectionLostError(str(e))
+                    continue
+                except BaseException:
+                    connection.abort()
+                    raise
+                if target.primary and connection.parameters.get("in_hot_standby") == "on":
+                    connection.abort()
+                    fault = ConnectionLostError(f"{address[0]}:{address[1]} is a standby")
+                    continue
+                return connection
+        raise fault
+
+    async def _dial(self, address: tuple[str, int], parameters: Mapping[str, str]) -> None:
+        host, port = self.address = address
+        loop = self._loop
+        if host.startswith("/"):
+            await loop.create_unix_connection(lambda: self, f"{host}/.s.PGSQL.{port}")
+        else:
+            await loop.create_connection(lambda: self, host, port)
+            if self.target.sslmode in ("prefer", "require", "verify-ca", "verify-full"):
+                await self._start_tls(host)
+        assert self._transport is not None
+        self._transport.write(build.startup(
+            {"user": self.target.user, "database": self.target.database, **parameters}))
+        await self._started
+
+    async def _start_tls(self, host: str) -> None:
+        assert self._transport is not None
+        self._tls_answer = self._loop.create_future()
+        self._transport.write(build.ssl_request())
+        answer = await self._tls_answer
+        self._tls_answer = None
+        mode = self.target.sslmode
+        if answer == b"N" and mode == "prefer":
+            return
+        if answer != b"S":
+            raise ConnectionLostError(f"the server does not offer TLS, which sslmode={mode} asks for")
+        context = ssl.create_default_context(cafile=self.target.sslrootcert)
+        context.check_hostname = mode == "verify-full"
+        if mode in ("prefer", "require") and self.target.sslrootcert is None:
+            context.verify_mode = ssl.CERT_NONE
+        transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
+        if transport is None:
+            raise ConnectionLostError("the server closed the connection during the TLS handshake")
+        self._transport = transport
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    async def begin_and_run(self, role_sql: str | None, sql: str) -> StepResult:
+        """BEGIN, SET LOCAL ROLE, the step, deferred constraints. `role_sql`: a quoted identifier; None: stay the login.
+
+        The transaction stays open. Raises ServerError (the transaction is then failed: `rollback`),
+        ConnectionLostError, ResultTooLargeError, or StepRefusedError for what no step may do.
+        """
+        if self._reset_fault is not None:
+            raise ConnectionLostError(f"the session could not be reset: {self._reset_fault}")
+        parts = [_BEGIN]
+        if role_sql is not None:
+            parts.append(_statement(f"SET LOCAL ROLE {role_sql}"))
+        parts += [self._step(sql), _CONSTRAINTS, _SYNC]
+        exchange = await self._exchange(parts)
+        # Only known now: the answer to the reset came before the answers to this.
+        if self._reset_fault is not None:
+            raise ConnectionLostError(f"the session could not be reset: {self._reset_fault}")
+        result = self._result(exchange)
+        if exchange.status != _IN_TRANSACTION or result.tag in ("COMMIT", "ROLLBACK", "PREPARE TRANSACTION"):
+            raise StepRefusedError(
+                "a step can't end its transaction: COMMIT, ROLLBACK and PREPARE TRANSACTION are the engine's", "2D000")
+        return result
+
+    async def finish(self, arguments: Sequence[str | None]) -> None:
+        """SET ROLE NONE, duroxide.checkpoint(`arguments` in their text form), COMMIT, and the reset behind it.
+
+        Raises ServerError (rolled back, if `rollback` follows), or ConnectionLostError: then nobody knows.
+        """
+        values = [None if a is None else a.encode() for a in arguments]
+        parts = [_LEAVE_ROLE, _CHECKPOINT, build.bind("", "", values), build.execute(""), _COMMIT, _SYNC]
+        await self._commit(parts)
+
+    async def commit(self) -> None:
+        """COMMIT without a checkpoint, for steps in another database. Raises as `finish` does."""
+        await self._commit([_LEAVE_ROLE, _COMMIT, _SYNC])
+
+    async def _commit(self, parts: list[bytes]) -> None:
+        exchange = self._send(parts)
+        self._send_reset()
+        await self._wait(exchange)
+        if exchange.error is not None:
+            # The reset behind it was refused too, in the failed transaction; rollback() sends another.
+            raise exchange.error
+        if exchange.tags[-1:] != ["COMMIT"]:
+            raise ServerError({"C": "25P02", "M": "the transaction was rolled back instead of committed"})
+
+    async def run_outside(self, role_sql: str | None, sql: str) -> StepResult:
+        """Runs a statement outside of a transaction block (at least once). Raises as `begin_and_run` does."""
+        if role_sql is not None:
+            # By itself, and checked: the statement must not run as the login if this fails.
+            await self.execute(f"SET ROLE {role_sql}")
+        exchange = await self._exchange([self._step(sql), _SYNC], resync=True)
+        self._send_reset()
+        return self._result(exchange)
+
+    async def execute(self, sql: str) -> None:
+        """A simple Query whose rows nobody wants. Raises ServerError, ConnectionLostError."""
+        exchange = await self._exchange([build.query(sql)])
+        if exchange.error is not None:
+            raise exchange.error
+
+    async def fetch(self, sql: str, parameters: Sequence[str | None]) -> list[list[bytes | None]]:
+        """Rows of a query of the engine's own, in text format. Raises ServerError, ConnectionLostError."""
+        values = [None if p is None else p.encode() for p in parameters]
+        exchange = await self._exchange([build.parse("", sql), build.bind("", "", values), build.describe_portal(""),
+                                         build.execute(""), _SYNC])
+        return self._result(exchange).rows
+
+    async def rollback(self) -> None:
+        """ROLLBACK, and the reset behind it. Raises ServerError, ConnectionLostError."""
+        exchange = self._send([_ROLLBACK])
+        self._send_reset()
+        await self._wait(exchange)
+        # The refusal of an earlier reset in the failed transaction is made good by this one, whose answer is
+        # still to come.
+        self._reset_fault = None
+        if exchange.error is not None:
+            raise exchange.error
+
+    async def cancel(self, timeout: float = 2.0) -> None:
+        """Asks the server to cancel what runs, and waits until it ended or `timeout` is over; never raises for I/O.
+
+        The session can't be used afterwards (a cancel request may hit late): `abort` it.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                await self._request_cancel()
+                if not self.closed:
+                    # Answered once the statement has ended, however it did.
+                    await self._wait(self._send([_SYNC]))
+        except (OSError, TimeoutError, ConnectionLostError):
+            return
+
+    async def _request_cancel(self) -> None:
+        if self.closed or not self._pid:
+            return
+        host, port = self.address
+        if host.startswith("/"):
+            reader, writer = await asyncio.open_unix_connection(f"{host}/.s.PGSQL.{port}")
+        else:
+            reader, writer = await asyncio.open_connection(host, port)
+        try:
+            writer.write(build.cancel_request(self._pid, self._key))
+            await writer.drain()
+            # The server closes once it has passed the signal on.
+            await reader.read(1)
+        finally:
+            writer.close()
+
+    def close(self) -> None:
+        """Terminates the session politely."""
+        if self._transport is not None and not self.closed:
+            self._transport.write(build.terminate())
+            self._transport.close()
+        self.closed = True
+
+    def abort(self) -> None:
+        """Drops the connection; the server rolls back."""
+        if self._transport is not None:
+            self._transport.abort()
+        self.closed = True
+
+    @property
+    def usable(self) -> bool:
+        """Whether a step may start on it."""
+        return not self.closed and self._reset_fault is None and self._transport is not None \
+            and not self._transport.is_closing()
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _step(sql: str) -> bytes:
+        return build.parse("", sql) + build.bind("", "") + build.describe_portal("") + build.execute("")
+
+    def _result(self, exchange: _Exchange) -> StepResult:
+        if exchange.copy:
+            raise StepRefusedError("COPY from STDIN and to STDOUT need a client; a step has none", "0A000")
+        if exchange.error is not None:
+            raise exchange.error
+        if self.parameters.get("client_encoding", "UTF8") != "UTF8":
+            raise StepRefusedError("a step can't change client_encoding", "0A000")
+        return StepResult(exchange.columns, exchange.rows, exchange.tag or "")
+
+    def _send(self, parts: list[bytes], *, resync: bool = False) -> _Exchange:
+        if self.closed or self._transport is None:
+            raise self._lost()
+        exchange = _Exchange(self._loop.create_future(), resync=resync)
+        self._exchanges.append(exchange)
+        self._transport.write(b"".join(parts))
+        return exchange
+
+    def _send_reset(self) -> None:
+        if self.closed or self._transport is None:
+            return
+        self._exchanges.append(_Exchange(None))
+        self._transport.write(_RESET)
+
+    async def _wait(self, exchange: _Exchange) -> None:
+        assert exchange.future is not None
+        await exchange.future
+
+    async def _exchange(self, parts: list[bytes], *, resync: bool = False) -> _Exchange:
+        exchange = self._send(parts, resync=resync)
+        await self._wait(exchange)
+        return exchange
+
+    def _lost(self, reason: str = "connection lost") -> ConnectionLostError:
+        error = self._last_words
+        return ConnectionLostError(error.message if error is not None else reason, error)
+
+    # -- asyncio.Protocol --------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        lost = self._lost(str(exc) if exc else "the server closed the connection")
+        if not self._started.done():
+            self._started.set_exception(lost)
+            self._started.exception()  # the dialler may have given up already
+        if self._tls_answer is not None and not self._tls_answer.done():
+            self._tls_answer.set_exception(lost)
+        while self._exchanges:
+            future = self._exchanges.popleft().future
+            if future is not None and not future.done():
+                future.set_exception(lost)
+                future.exception()
+
+    def data_received(self, data: bytes) -> None:
+        if self._tls_answer is not None and not self._tls_answer.done():
+            # Anything behind the one byte was not protected by the handshake (CVE-2021-23222).
+            self._tls_answer.set_result(bytes(data))
+            return
+        parser = self._parser
+        parser.feed(data)
+        try:
+            while (frame := parser.next_frame()) is not None:
+                if self._started.done():
+                    self._receive(*frame)
+                else:
+                    self._receive_startup(*frame)
+        except ProtocolError as e:
+            self._fail(e)
+        except AuthenticationError as e:
+            if not self._started.done():
+                self._started.set_exception(e)
+            self.abort()
+
+    def _fail(self, fault: ProtocolError) -> None:
+        """The stream can't be read on: a row beyond every limit, or not PostgreSQL at all."""
+        exchange = self._exchanges[0] if self._exchanges else None
+        if exchange is not None and exchange.columns is not None and exchange.future is not None \
+                and not exchange.future.done():
+            exchange.future.set_exception(self._too_large(exchange, bytes_=True))
+        elif not self._started.done():
+            self._started.set_exception(ConnectionLostError(str(fault)))
+        self.abort()
+
+    def _receive_startup(self, type_: int, payload: bytes) -> None:
+        match type_:
+            case Backend.AUTHENTICATION:
+                answer = self._auth.respond(payload)
+                if answer is not None and self._transport is not None:
+                    self._transport.write(answer)
+            case Backend.PARAMETER_STATUS:
+                name, value = backend.parameter_status(payload)
+                self.parameters[name] = value
+            case Backend.BACKEND_KEY_DATA:
+                self._pid, self._key = backend.backend_key_data(payload)
+            case Backend.ERROR_RESPONSE:
+                self._started.set_exception(ServerError(backend.error_fields(payload)))
+                self.abort()
+            case Backend.READY_FOR_QUERY:
+                self._started.set_result(None)
+            case _:  # NoticeResponse, NegotiateProtocolVersion
+                pass
+
+    def _receive(self, type_: int, payload: bytes) -> None:
+        if type_ in (_PARSE_COMPLETE, _BIND_COMPLETE):
+            return
+        exchange = self._exchanges[0] if self._exchanges else None
+        if type_ == _ERROR:
+            error = ServerError(backend.error_fields(payload))
+            if error.fatal:
+                self._last_words = error
+            elif exchange is not None and exchange.error is None:
+                exchange.error = error
+            return
+        if type_ == Backend.PARAMETER_STATUS:
+            name, value = backend.parameter_status(payload)
+            self.parameters[name] = value
+            return
+        if exchange is None:
+            return  # notices and notifications between statements
+        if type_ == _COMMAND_COMPLETE:
+            tag = backend.command_tag(payload)
+            exchange.tags.append(tag)
+            if exchange.described and exchange.tag is None:
+                exchange.tag = tag
+        elif type_ == _DATA_ROW:
+            if exchange.columns is not None and exchange.tag is None:
+                self._receive_row(exchange, payload)
+        elif type_ == _READY:
+            self._exchanges.popleft()
+            self.status = exchange.status = backend.transaction_status(payload)
+            if exchange.future is None:
+                if exchange.error is not None or exchange.status != _IDLE:
+                    self._reset_fault = exchange.error or ServerError({"M": "the session is not idle"})
+            elif not exchange.future.done():
+                exchange.future.set_result(exchange)
+        elif type_ == _ROW_DESCRIPTION:
+            if exchange.tag is None and not exchange.described:
+                exchange.described = True
+                exchange.columns = backend.row_description(payload)
+        elif type_ == _NO_DATA:
+            exchange.described = True
+        elif type_ == Backend.EMPTY_QUERY_RESPONSE:
+            exchange.tags.append("")
+            if exchange.described and exchange.tag is None:
+                exchange.tag = ""
+        elif type_ == Backend.COPY_OUT_RESPONSE:
+            exchange.copy = True
+        elif type_ == Backend.COPY_IN_RESPONSE:
+            exchange.copy = True
+            assert self._transport is not None
+            self._transport.write(build.copy_fail("no client") + (_SYNC if exchange.resync else b""))
+
+    def _receive_row(self, exchange: _Exchange, payload: bytes) -> None:
+        if exchange.future is not None and exchange.future.done():
+            return  # given up: too large, or the waiter was cancelled
+        exchange.size += len(payload)
+        if exchange.size > self.max_bytes or len(exchange.rows) >= self.max_rows:
+            fault = self._too_large(exchange, bytes_=exchange.size > self.max_bytes)
+            exchange.rows = []
+            if exchange.future is not None:
+                exchange.future.set_exception(fault)
+            return
+        exchange.rows.append(backend.data_row(payload))
+
+    def _too_large(self, exchange: _Exchange, *, bytes_: bool) -> ResultTooLargeError:
+        if bytes_:
+            return ResultTooLargeError(f"the result is larger than max_result_bytes ({self.max_bytes})")
+        return ResultTooLargeError(f"the result has more rows than max_result_rows ({self.max_rows})")

@@ -1,0 +1,432 @@
+"""One instance in memory: feeds its interpreter, records what follows, starts and stops its steps.
+
+Everything that can happen to an instance arrives in its mailbox and is handled by one task, one event at a time: that
+makes "feed the interpreter, commit what it says, then act on it" atomic without a lock. Steps run in tasks of their
+own, and hand in their outcome with their transaction still open; the commit happens here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import structlog
+
+from dsl.graph import Graph, GraphError, NodeType
+from engine.connection import ConnectionLostError, ServerError
+from engine.identity import Identities, IdentityError
+from engine.interpreter import Interpreter
+from engine.model import Changes, Checkpoint, Finish, Key, Step, StepError
+from engine.runner import Committed, Failed, Job, NoSlot, Outcome, Ready, Runner, back_off, is_transient, step_error
+from engine.settings import EngineSettings
+from engine.store import (
+    LEASE_LOST,
+    InboxEntry,
+    LeaseLostError,
+    LoadedInstance,
+    Store,
+    checkpoint_arguments,
+    is_infrastructure,
+)
+
+log = structlog.get_logger("dfproxy.engine")
+
+#: SQLSTATE of a checkpoint in a transaction that the step, or a default of its role, made read-only.
+_READ_ONLY = "25006"
+HTTP_LATER = "HTTP steps are not supported by this version of dfproxy"
+
+
+class Gate:
+    """Parking and polling exclude each other; parks don't exclude parks.
+
+    The poll marks signals of held instances as seen. If one could be parked between that and the delivery, the signal
+    would wait with it.
+    """
+
+    def __init__(self) -> None:
+        self._condition = asyncio.Condition()
+        self._parks = 0
+        self._polling = False
+
+    @asynccontextmanager
+    async def park(self) -> AsyncIterator[None]:
+        """While an instance is parked."""
+        async with self._condition:
+            await self._condition.wait_for(lambda: not self._polling)
+            self._parks += 1
+        try:
+            yield
+        finally:
+            self._parks -= 1
+            if not self._parks:
+                async with self._condition:
+                    self._condition.notify_all()
+
+    @asynccontextmanager
+    async def poll(self) -> AsyncIterator[None]:
+        """From the poll to the delivery of what it found."""
+        async with self._condition:
+            self._polling = True
+            try:
+                await self._condition.wait_for(lambda: not self._parks)
+            except BaseException:
+                self._polling = False
+                self._condition.notify_all()
+                raise
+        try:
+            yield
+        finally:
+            self._polling = False
+            async with self._condition:
+                self._condition.notify_all()
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnded:
+    """A step's task is over. An exception is a bug, or LeaseLostError."""
+
+    key: Key
+    outcome: Outcome | Exception
+
+
+Event = StepEnded | InboxEntry
+
+
+class _ReloadError(Exception):
+    """What memory holds is ahead of the database: read the instance again. `failed`: the step that must fail then."""
+
+    def __init__(self, reason: str, failed: tuple[Key, StepError] | None = None) -> None:
+        super().__init__(reason)
+        self.failed = failed
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What instances share. `leave` takes an instance off the worker's books; `is_stopping`: no new steps."""
+
+    settings: EngineSettings
+    store: Store
+    identities: Identities
+    runner: Runner
+    gate: Gate
+    leave: Callable[[HeldInstance], None]
+    is_stopping: Callable[[], bool]
+
+
+class HeldInstance:
+    """An instance whose lease this worker holds. `run` it once; `put` tells it what happened elsewhere."""
+
+    def __init__(self, instance_id: str, shared: Surroundings) -> None:
+        self.instance_id = instance_id
+        self.token = ""
+        self._shared = shared
+        self._store = shared.store
+        self._settings = shared.settings
+        self._mailbox: deque[Event] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._tasks: dict[Key, asyncio.Task[None]] = {}  # until their outcome has been handled
+        self._forced: dict[Key, StepError] = {}
+        self._seen: set[int] = set()
+        self._crashes = 0
+        self._attempt = 0
+        self._loaded: LoadedInstance
+        self._group: asyncio.TaskGroup
+
+    # -- from outside ------------------------------------------------------------------------------------------
+
+    def put(self, event: Event) -> None:
+        """Adds to the mailbox."""
+        self._mailbox.append(event)
+        self.poke()
+
+    def poke(self) -> None:
+        """Makes it look around."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def run(self, loaded: LoadedInstance) -> None:
+        """Until the instance is finished, parked, given back or lost. Raises an ExceptionGroup on a bug."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._group = group
+                try:
+                    await self._run(loaded)
+                except LeaseLostError:
+                    log.info("lease lost", instance=self.instance_id)
+                finally:
+                    for task in self._tasks.values():
+                        task.cancel()
+        finally:
+            # Outcomes that nobody handled hold transactions open.
+            for event in self._mailbox:
+                if isinstance(event, StepEnded) and isinstance(event.outcome, Ready):
+                    event.outcome.lease.drop()
+            self._mailbox.clear()
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    async def _run(self, loaded: LoadedInstance) -> None:
+        while True:
+            try:
+                await self._play(loaded)
+                return
+            except _ReloadError as e:
+                self._attempt += 1
+                if e.failed is not None:
+                    self._forced[e.failed[0]] = e.failed[1]
+                else:
+                    log.warning("instance is read again", instance=self.instance_id, attempt=self._attempt,
+                                reason=str(e))
+                    await asyncio.sleep(back_off(self._settings, self._attempt))
+            loaded = await self._reload()
+
+    async def _reload(self) -> LoadedInstance:
+        """Fences off sessions that were lost sight of, then reads the instance. Raises LeaseLostError."""
+        while True:
+            try:
+                await self._store.refence(self.instance_id)
+                found = await self._store.load([self.instance_id], [self.instance_id])
+            except Exception as e:
+                if not is_infrastructure(e):
+                    raise
+                self._attempt += 1
+                await asyncio.sleep(back_off(self._settings, self._attempt))
+                continue
+            if self.instance_id not in found:
+                raise LeaseLostError(self.instance_id)
+            return found[self.instance_id]
+
+    async def _play(self, loaded: LoadedInstance) -> None:
+        self._loaded = loaded
+        self.token = loaded.token
+        self._crashes = loaded.crashes
+        if loaded.crashes >= self._settings.max_crashes:
+            await self._give_up(StepError(
+                f"the worker was lost {loaded.crashes} times while it ran this instance", "58000"))
+            return
+        try:
+            await self._shared.identities.resolve(loaded.submitted_by, self.instance_id, loaded.database)
+        except IdentityError as e:
+            await self._give_up(StepError(str(e), e.sqlstate, None, e.hint))
+            return
+        except Exception as e:
+            if is_infrastructure(e):
+                raise _ReloadError(_text(e)) from e
+            raise
+        known = {s.seq: s for s in loaded.inbox}
+        for event in self._mailbox:
+            if isinstance(event, InboxEntry):
+                known.setdefault(event.seq, event)
+        self._mailbox = deque(e for e in self._mailbox if not isinstance(e, InboxEntry))
+        self._seen = set(known)
+        try:
+            interpreter = Interpreter(
+                instance_id=self.instance_id, label=loaded.label, graph=Graph.from_json(loaded.graph),
+                variables=loaded.variables, checkpoints=loaded.checkpoints,
+                signals=[s.signal for s in known.values() if s.kind == "signal"],
+                history_rounds=self._settings.loop_history_rounds)
+            changes = interpreter.begin(self._store.clock.now())
+        except GraphError as e:
+            await self._give_up(StepError(str(e), "22023"))
+            return
+        cancels = [s for s in known.values() if s.kind == "cancel"]
+        if await self._record(interpreter, changes, may_park=not cancels):
+            return
+        for entry in cancels:
+            if not interpreter.finished:
+                await self._record(interpreter, interpreter.cancel(entry.name, self._store.clock.now()))
+        for key in [k for k in self._tasks if k not in interpreter.running]:
+            self._abort(key)
+        await self._loop(interpreter)
+
+    async def _loop(self, interpreter: Interpreter) -> None:
+        while not interpreter.finished:
+            for key in interpreter.take_aborts():
+                self._abort(key)
+            if not self._shared.is_stopping():
+                for step in interpreter.take_steps():
+                    self._start(step)
+            elif not self._tasks and not self._mailbox:
+                await self._release()
+                return
+            if not self._mailbox and not interpreter.running and await self._record(interpreter, Changes()):
+                return
+            event = await self._next_event(interpreter.next_wake)
+            if await self._handle(interpreter, event):
+                return
+        for key in interpreter.take_aborts():
+            self._abort(key)
+
+    async def _next_event(self, due: datetime | None) -> Event | None:
+        """The next event; None when `due` has come, or somebody poked."""
+        if self._mailbox:
+            return self._mailbox.popleft()
+        loop = asyncio.get_running_loop()
+        waiter = self._waiter = loop.create_future()
+        timer = None
+        if due is not None:
+            # Never zero: the two clocks may disagree by a hair.
+            pause = max(0.001, (due - self._store.clock.now()).total_seconds())
+            timer = loop.call_later(min(pause, 3600), self.poke)
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+        return self._mailbox.popleft() if self._mailbox else None
+
+    async def _handle(self, interpreter: Interpreter, event: Event | None) -> bool:
+        """Feeds one event and records what follows. True: the instance has left this worker."""
+        now = self._store.clock.now()
+        match event:
+            case None:
+                return await self._record(interpreter, interpreter.timers_due(now))
+            case StepEnded(key, outcome):
+                self._tasks.pop(key, None)
+                if isinstance(outcome, Exception):
+                    raise outcome
+                if key not in interpreter.running:
+                    if isinstance(outcome, Ready):
+                        await outcome.lease.rollback()
+                    return False
+                return await self._step_ended(interpreter, key, outcome, now)
+            case InboxEntry():
+                if event.seq in self._seen:
+                    return False
+                self._seen.add(event.seq)
+                if event.kind == "cancel":
+                    return await self._record(interpreter, interpreter.cancel(event.name, now))
+                return await self._record(interpreter, interpreter.signal(event.signal, now))
+
+    async def _step_ended(self, interpreter: Interpreter, key: Key, outcome: Outcome, now: datetime) -> bool:
+        match outcome:
+            case Ready():
+                changes = interpreter.step_completed(key, outcome.text, outcome.columns, outcome.meta,
+                                                     outcome.started_at, now)
+                await self._finish(key, changes, outcome)
+                left = False
+            case Committed():
+                changes = interpreter.step_completed(key, outcome.text, outcome.columns, outcome.meta,
+                                                     outcome.started_at, now)
+                left = await self._record(interpreter, changes, big=key)
+            case NoSlot() if not self._tasks:
+                # Nothing of this instance runs: it queues up again, where another worker may have a connection.
+                await self._release()
+                return True
+            case NoSlot(error=error) | Failed(error=error):
+                changes = interpreter.step_failed(key, error, outcome.started_at, now)
+                left = await self._record(interpreter, changes)
+            case _:
+                raise TypeError(f"unknown outcome {outcome!r}")
+        self._forced.pop(key, None)
+        self._attempt = 0
+        if self._crashes and not left and not interpreter.finished:
+            self._crashes = 0
+            await self._guard(self._store.made_progress(self.instance_id, self.token))
+        return left
+
+    # -- recording ---------------------------------------------------------------------------------------------
+
+    async def _record(self, interpreter: Interpreter, changes: Changes, *, big: Key | None = None,
+                      may_park: bool = True) -> bool:
+        """Records on a control connection; parks the instance too where only long waits remain. True: it was parked."""
+        if not may_park or interpreter.finished or interpreter.running or self._tasks or self._mailbox:
+            if changes:
+                await self._guard(self._store.checkpoint(self.instance_id, self.token, changes, big=big))
+            return False
+        wake = interpreter.next_wake
+        if wake is None and not interpreter.waiting_for:
+            raise RuntimeError("the interpreter neither runs nor waits for anything")
+        if wake is not None and wake - self._store.clock.now() <= timedelta(seconds=self._settings.park_after):
+            return await self._record(interpreter, changes, big=big, may_park=False)
+        async with self._shared.gate.park():
+            if self._mailbox:
+                return await self._record(interpreter, changes, big=big, may_park=False)
+            park = "infinity" if wake is None else wake.isoformat()
+            await self._guard(self._store.checkpoint(self.instance_id, self.token, changes, big=big, park=park))
+            self._shared.leave(self)
+        return True
+
+    async def _finish(self, key: Key, changes: Changes, ready: Ready) -> None:
+        """Commits a step with its checkpoint. Raises _ReloadError, LeaseLostError."""
+        lease = ready.lease
+        try:
+            await lease.connection.finish(checkpoint_arguments(self.instance_id, self.token, changes, big=key))
+        except ServerError as e:
+            await lease.rollback()
+            if e.sqlstate == LEASE_LOST:
+                raise LeaseLostError(self.instance_id) from e
+            if e.sqlstate == _READ_ONLY:
+                # The step could not change anything either, so its result may be recorded on its own.
+                await self._guard(self._store.checkpoint(self.instance_id, self.token, changes, big=key))
+                return
+            if is_transient(e):
+                raise _ReloadError(e.message) from e
+            raise _ReloadError(e.message, failed=(key, step_error(e))) from e
+        except ConnectionLostError as e:
+            lease.drop()
+            raise _ReloadError(str(e)) from e
+        except BaseException:
+            lease.drop()
+            raise
+        lease.release()
+
+    async def _guard(self, operation: Awaitable[None]) -> None:
+        """Awaits a write. Raises _ReloadError where nobody knows whether it happened, LeaseLostError."""
+        try:
+            await operation
+        except Exception as e:
+            if is_infrastructure(e):
+                raise _ReloadError(_text(e)) from e
+            raise
+
+    async def _give_up(self, error: StepError) -> None:
+        """Ends the instance as failed without walking it."""
+        log.warning("instance failed", instance=self.instance_id, reason=error.message)
+        changes = Changes(finish=Finish("failed", error.message, error))
+        await self._guard(self._store.checkpoint(self.instance_id, self.token, changes))
+
+    async def _release(self) -> None:
+        await self._guard(self._store.release([self.instance_id]))
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def _start(self, step: Step) -> None:
+        key = step.key
+        if key in self._tasks:
+            return  # it has outlived a reload
+        now = self._store.clock.now()
+        if key in self._forced:
+            self._mailbox.append(StepEnded(key, Failed(now, self._forced[key])))
+        elif step.kind is not NodeType.SQL:
+            self._mailbox.append(StepEnded(key, Failed(now, StepError(HTTP_LATER, "0A000"))))
+        else:
+            self._tasks[key] = self._group.create_task(self._run_step(step))
+
+    async def _run_step(self, step: Step) -> None:
+        async def record_started(at: datetime) -> None:
+            row = Checkpoint(*step.key, "started", started_at=at)
+            await self._store.checkpoint(self.instance_id, self.token, Changes(rows=[row]))
+
+        job = Job(self.instance_id, self._loaded.submitted_by, self._loaded.database, step, record_started)
+        outcome: Outcome | Exception
+        try:
+            outcome = await self._shared.runner.run(job)
+        except Exception as e:  # noqa: BLE001 - the instance's own task raises it
+            outcome = e
+        self.put(StepEnded(step.key, outcome))
+
+    def _abort(self, key: Key) -> None:
+        """Stops a step whose outcome no longer matters."""
+        task = self._tasks.pop(key, None)
+        if task is not None:
+            task.cancel()
+
+
+def _text(error: BaseException) -> str:
+    return str(error) or type(error).__name__

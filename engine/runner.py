@@ -1,0 +1,516 @@
+"""Runs one SQL step: a slot in the budget, a session as the right role, the statement, its result as JSON text.
+
+A step ends in one of the outcomes below. `Ready` still holds its session with the transaction open: whoever gets it
+must commit it, or end its lease. Faults of the infrastructure are retried here and never reach the workflow; nothing was
+committed when they happen. Cancelling the task that runs a step cancels the statement on the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+import structlog
+
+from dsl.compiler import compile_sql, mentions_dsl
+from dsl.values import TYPES_SQL, Column, StaleTypeError, TypeCatalog, describe, encode_rows
+from engine.connection import (
+    ConnectionLostError,
+    ResultTooLargeError,
+    ServerError,
+    StepConnection,
+    StepRefusedError,
+    StepResult,
+    Target,
+)
+from engine.identity import Identities, Identity, IdentityError
+from engine.model import Step, StepError
+from engine.settings import EngineSettings
+from engine.store import Store, is_infrastructure
+from proxy.wire.auth import AuthenticationError
+
+log = structlog.get_logger("dfproxy.engine")
+
+#: Errors that say nothing against a statement: it may succeed next time.
+_TRANSIENT_STATES = frozenset({"40001", "40P01"})
+_TRANSIENT_CLASSES = ("53",)
+#: "can't run inside a transaction block", "invalid transaction termination" (from CALL).
+_OUTSIDE_STATES = frozenset({"25001", "2D000"})
+#: What a server says to a login that it will accept later: starting up, shutting down, too many clients.
+_LATER_CLASSES = ("53", "57P", "08", "58")
+_BAD_LOGIN = frozenset({"28P01", "28000"})
+#: Encoding more than this many bytes happens in a thread.
+_THREAD_BYTES = 256 * 1024
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a step ended; `started_at` is database time."""
+
+    started_at: datetime
+
+
+@dataclass(slots=True)
+class Ready(Outcome):
+    """The statement has run in `lease.connection`, in a transaction that waits for the checkpoint."""
+
+    text: str
+    columns: tuple[Column, ...]
+    meta: dict[str, object]
+    lease: SessionLease
+
+
+@dataclass(slots=True)
+class Committed(Outcome):
+    """An at-least-once step that has taken effect; its checkpoint is still to be written."""
+
+    text: str
+    columns: tuple[Column, ...]
+    meta: dict[str, object]
+
+
+@dataclass(slots=True)
+class Failed(Outcome):
+    """The step failed; its transaction was rolled back."""
+
+    error: StepError
+
+
+@dataclass(slots=True)
+class NoSlot(Outcome):
+    """No connection became free in time; the step has not begun. `error` is what to say if it can't be put off."""
+
+    error: StepError
+
+
+class TransientError(Exception):
+    """An infrastructure fault. `suspect`: the session was lost while the step ran, maybe because of the step."""
+
+    def __init__(self, message: str, *, suspect: bool = False) -> None:
+        super().__init__(message)
+        self.suspect = suspect
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A step to run, and what the runner must know about its instance.
+
+    `record_started` writes the `started` checkpoint of an at-least-once step.
+    """
+
+    instance_id: str
+    submitted_by: int
+    database: str | None
+    step: Step
+    record_started: Callable[[datetime], Awaitable[None]]
+
+
+class SessionLease:
+    """A session in use, with its slot in the budget. Ends with `release`, once."""
+
+    __slots__ = ("_pool", "connection", "key")
+
+    def __init__(self, pool: SessionPool, key: PoolKey, connection: StepConnection) -> None:
+        self._pool: SessionPool | None = pool
+        self.key = key
+        self.connection = connection
+
+    def release(self) -> None:
+        """Gives session and slot back; a session that can't be used again is dropped. No effect the second time."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.put_back(self)
+
+    async def rollback(self) -> None:
+        """Rolls back and releases; a session that can't do even that is dropped."""
+        try:
+            await self.connection.rollback()
+        except (ServerError, ConnectionLostError):
+            self.connection.abort()
+        finally:
+            self.release()
+
+    def drop(self) -> None:
+        """Closes the session hard (the server rolls back) and frees the slot."""
+        self.connection.abort()
+        self.release()
+
+
+PoolKey = tuple[Identity, str | None]
+
+
+class SessionPool:
+    """Sessions for steps: at most `max_user_connections` in all, idle ones kept for the same identity and database."""
+
+    def __init__(self, settings: EngineSettings, identities: Identities) -> None:
+        self._settings = settings
+        self._identities = identities
+        self._target = Target.from_dsn(settings.dsn)
+        self._slots = asyncio.Semaphore(settings.max_user_connections)
+        self._idle: dict[PoolKey, deque[StepConnection]] = {}
+        self._idle_count = 0
+        self._in_use = 0
+
+    @property
+    def database(self) -> str:
+        """The home database's name."""
+        return self._target.database
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """Waits for a place in the budget. Raises TimeoutError. The place is given back unless the body succeeds."""
+        async with asyncio.timeout(self._settings.execution_acquire_timeout):
+            await self._slots.acquire()
+        self._in_use += 1
+        handed = False
+        try:
+            yield
+            handed = True
+        finally:
+            if not handed:
+                self._free_slot()
+
+    def _free_slot(self) -> None:
+        self._in_use -= 1
+        self._slots.release()
+
+    async def lease(self, identity: Identity, database: str | None) -> SessionLease:
+        """A session, within a `slot`. Raises what StepConnection.connect raises, and IdentityError."""
+        key = (identity, database)
+        idle = self._idle.get(key)
+        while idle:
+            connection = idle.pop()
+            self._idle_count -= 1
+            if connection.usable:
+                return SessionLease(self, key, connection)
+            connection.abort()
+        while self._in_use + self._idle_count > self._settings.max_user_connections and self._evict():
+            pass
+        return SessionLease(self, key, await self._connect(identity, database))
+
+    async def _connect(self, identity: Identity, database: str | None) -> StepConnection:
+        try:
+            return await self._dial(identity, database)
+        except (ServerError, AuthenticationError) as e:
+            bad = isinstance(e, AuthenticationError) or e.sqlstate in _BAD_LOGIN
+            if identity.mode != "executor" or not bad:
+                raise
+            # The secret changed, or the executor was made anew.
+            await self._identities.set_password(identity)
+        return await self._dial(identity, database)
+
+    async def _dial(self, identity: Identity, database: str | None) -> StepConnection:
+        target = self._target
+        if identity.login is not None:
+            target = target.to(user=identity.login, password=identity.password, database=database)
+        else:
+            target = target.to(user=target.user, password=target.password, database=database)
+        parameters = dict(identity.parameters) | self._session_parameters(target)
+        limits = {"max_rows": self._settings.max_result_rows, "max_bytes": self._settings.max_result_bytes}
+        try:
+            return await StepConnection.connect(target, parameters, timeout=self._settings.connect_timeout, **limits)
+        except ServerError as e:
+            if _CHECK_INTERVAL not in e.message:
+                raise
+            # A server on a platform that can't look for vanished clients while a statement runs.
+            del parameters[_CHECK_INTERVAL]
+            return await StepConnection.connect(target, parameters, timeout=self._settings.connect_timeout, **limits)
+
+    def _session_parameters(self, target: Target) -> dict[str, str]:
+        """SURFACE 5.2; and what makes the server notice soon that a worker is gone, whose locks block its successor."""
+        return {
+            "application_name": "dfproxy:step",
+            "client_encoding": "UTF8",
+            "TimeZone": "UTC",
+            "DateStyle": "ISO, MDY",
+            "IntervalStyle": "iso_8601",
+            "bytea_output": "hex",
+            "extra_float_digits": "2",
+            "df.in_workflow": "true",
+            "idle_in_transaction_session_timeout": str(int(self._settings.lease * 1000)),
+            _CHECK_INTERVAL: "2000",
+            "tcp_keepalives_idle": "10",
+            "tcp_keepalives_interval": "5",
+            "tcp_keepalives_count": "3",
+        }
+
+    def put_back(self, lease: SessionLease) -> None:
+        """Takes a session out of use."""
+        self._free_slot()
+        connection = lease.connection
+        if not connection.usable:
+            connection.abort()
+            return
+        connection.used_at = time.monotonic()
+        self._idle.setdefault(lease.key, deque()).append(connection)
+        self._idle_count += 1
+
+    def _evict(self) -> bool:
+        """Closes the session that has been idle longest."""
+        oldest: deque[StepConnection] | None = None
+        for idle in self._idle.values():
+            if idle and (oldest is None or idle[0].used_at < oldest[0].used_at):
+                oldest = idle
+        if oldest is None:
+            return False
+        oldest.popleft().close()
+        self._idle_count -= 1
+        return True
+
+    def close_idle(self, seconds: float) -> None:
+        """Closes sessions that have been idle for longer."""
+        limit = time.monotonic() - seconds
+        for key, idle in list(self._idle.items()):
+            while idle and (idle[0].used_at < limit or not idle[0].usable):
+                idle.popleft().close()
+                self._idle_count -= 1
+            if not idle:
+                del self._idle[key]
+
+
+_CHECK_INTERVAL = "client_connection_check_interval"
+
+
+class Runner:
+    """Runs steps of one worker."""
+
+    def __init__(self, settings: EngineSettings, store: Store, identities: Identities) -> None:
+        self._settings = settings
+        self._store = store
+        self._identities = identities
+        self.pool = SessionPool(settings, identities)
+        self._catalogs: dict[str, tuple[float, TypeCatalog]] = {}
+
+    async def run(self, job: Job) -> Outcome:
+        """Runs a step to an outcome. Raises only LeaseLostError (from `record_started`), CancelledError, and bugs."""
+        started = self._store.clock.now()
+        sql = self._compile(job)
+        outside = False
+        suspects = 0
+        attempt = 0
+        while True:
+            try:
+                return await self._attempt(job, sql, started, outside=outside)
+            except _OutsideError:
+                outside = True
+                continue
+            except TransientError as e:
+                suspects += e.suspect
+                if suspects >= self._settings.max_crashes:
+                    message = f"the connection was lost {suspects} times while this step ran: {e}"
+                    return Failed(started, StepError(message, "08006"))
+                fault: Exception = e
+            except Exception as e:
+                if not is_infrastructure(e):
+                    raise
+                fault = e
+            attempt += 1
+            log.warning("step will be tried again", instance=job.instance_id, node=job.step.node.id,
+                        attempt=attempt, reason=str(fault) or type(fault).__name__)
+            await asyncio.sleep(back_off(self._settings, attempt))
+
+    def _compile(self, job: Job) -> str:
+        """The DSL inside a step's text becomes plain calls, as it would in a client's statement."""
+        text = job.step.text
+        if not mentions_dsl(text.encode("utf-8", "surrogatepass")):
+            return text
+        try:
+            compiled = compile_sql(text, standard_conforming_strings=True)
+        except Exception:
+            log.exception("the compiler failed on a step; it runs as it is", instance=job.instance_id)
+            return text
+        return text if compiled is None else compiled.sql
+
+    async def _attempt(self, job: Job, sql: str, started: datetime, *, outside: bool) -> Outcome:
+        try:
+            async with self.pool.slot():
+                try:
+                    identity = await self._identities.resolve(job.submitted_by, job.instance_id, job.database)
+                    lease = await self._connect(identity, job.database)
+                except IdentityError as e:
+                    raise _FailedError(StepError(str(e), e.sqlstate, None, e.hint)) from e
+        except _FailedError as e:
+            return Failed(started, e.error)
+        except TimeoutError:
+            limit, wait = self._settings.max_user_connections, self._settings.execution_acquire_timeout
+            return NoSlot(started, StepError(
+                f"pg_durable: connection limit reached (max_user_connections={limit}). "
+                f"Timed out after {wait:g}s waiting for an available execution slot.", "53300"))
+        try:
+            if outside or job.database is not None:
+                return await self._at_least_once(job, sql, started, identity, lease, outside=outside)
+            return await self._transaction(job, sql, started, identity, lease)
+        except asyncio.CancelledError:
+            try:
+                await lease.connection.cancel()
+            finally:
+                lease.drop()
+            raise
+        except BaseException:
+            lease.drop()
+            raise
+
+    async def _connect(self, identity: Identity, database: str | None) -> SessionLease:
+        """Raises _FailedError for what is the workflow's own trouble, TransientError for what will pass."""
+        name = database or self.pool.database
+        try:
+            return await self.pool.lease(identity, database)
+        except TimeoutError as e:
+            # A server that is away is waited for; one that answers others but not this login is the step's trouble.
+            if time.monotonic() - self._store.last_contact > self._settings.lease:
+                raise TransientError("the server does not answer") from e
+            raise _FailedError(StepError(
+                f"Connection to database '{name}' as '{identity.user}' timed out after "
+                f"{self._settings.connect_timeout:g}s", "08001")) from e
+        except ConnectionLostError as e:
+            raise TransientError(str(e)) from e
+        except ServerError as e:
+            self._identities.forget(identity.oid)
+            if e.sqlstate.startswith(_LATER_CLASSES):
+                raise TransientError(e.message) from e
+            raise _FailedError(StepError(
+                f"Failed to connect to database '{name}' as '{identity.user}'. Error: {e.message}", e.sqlstate,
+                e.fields.get("D"), e.fields.get("H"))) from e
+        except AuthenticationError as e:
+            raise _FailedError(StepError(
+                f"Failed to connect to database '{name}' as '{identity.user}'. Error: {e}", "28000")) from e
+
+    async def _transaction(self, job: Job, sql: str, started: datetime, identity: Identity,
+                           lease: SessionLease) -> Outcome:
+        result = await self._run(job, lease, identity, lambda c: c.begin_and_run(identity.role_sql, sql), started)
+        if isinstance(result, Outcome):
+            return result
+        encoded = await self._encode(job, lease, result)
+        if isinstance(encoded, StepError):
+            await lease.rollback()
+            return Failed(started, encoded)
+        return Ready(started, *encoded, meta={"tag": result.tag}, lease=lease)
+
+    async def _at_least_once(self, job: Job, sql: str, started: datetime, identity: Identity, lease: SessionLease,
+                             *, outside: bool) -> Outcome:
+        await job.record_started(started)
+        if outside:
+            result = await self._run(job, lease, identity, lambda c: c.run_outside(identity.role_sql, sql), started)
+        else:
+            result = await self._run(job, lease, identity, lambda c: c.begin_and_run(identity.role_sql, sql), started)
+        if isinstance(result, Outcome):
+            return result
+        encoded = await self._encode(job, lease, result)
+        if not outside:
+            if isinstance(encoded, StepError):
+                await lease.rollback()
+                return Failed(started, encoded)
+            try:
+                await lease.connection.commit()
+            except ServerError as e:
+                await lease.rollback()
+                if is_transient(e):
+                    raise TransientError(e.message) from e
+                return Failed(started, step_error(e))
+            except ConnectionLostError as e:
+                raise TransientError(str(e)) from e
+        lease.release()
+        if isinstance(encoded, StepError):
+            return Failed(started, encoded)
+        return Committed(started, *encoded, meta={"tag": result.tag, "at_least_once": True})
+
+    async def _run(self, job: Job, lease: SessionLease, identity: Identity,
+                   statement: Callable[[StepConnection], Awaitable[StepResult]],
+                   started: datetime) -> StepResult | Outcome:
+        """The statement's result, or the outcome if it failed; then the session is released."""
+        try:
+            return await statement(lease.connection)
+        except ServerError as e:
+            await lease.rollback()
+            if e.sqlstate == "22023" and "does not exist" in e.message and identity.role_sql is not None:
+                self._identities.forget(identity.oid)
+            if e.sqlstate in _OUTSIDE_STATES and e.fields.get("V", e.fields.get("S")) == "ERROR":
+                raise _OutsideError from e
+            if is_transient(e):
+                raise TransientError(e.message) from e
+            return Failed(started, step_error(e))
+        except StepRefusedError as e:
+            await lease.rollback()
+            return Failed(started, StepError(f"SQL execution failed: {e}", e.sqlstate))
+        except ResultTooLargeError as e:
+            await lease.connection.cancel()
+            lease.drop()
+            return Failed(started, StepError(f"SQL execution failed: {e}", "54000"))
+        except ConnectionLostError as e:
+            lease.drop()
+            raise TransientError(str(e), suspect=True) from e
+
+    # -- results -----------------------------------------------------------------------------------------------
+
+    async def _encode(self, job: Job, lease: SessionLease,
+                      result: StepResult) -> tuple[str, tuple[Column, ...]] | StepError:
+        """The result as JSON text and columns; StepError if its bytes can't be understood."""
+        fields = [(c.name, c.type_oid, c.type_modifier) for c in result.columns or ()]
+        oids = [oid for _, oid, _ in fields]
+        size = sum(len(v) for row in result.rows for v in row if v is not None) if len(result.rows) > 100 else 0
+        try:
+            for _ in range(3):
+                catalog = await self._types(job, lease, oids)
+                columns = describe(fields, catalog)
+                try:
+                    if size > _THREAD_BYTES:
+                        return await asyncio.to_thread(encode_rows, columns, result.rows, catalog), columns
+                    return encode_rows(columns, result.rows, catalog), columns
+                except StaleTypeError as e:
+                    catalog.forget(e.oid)
+        except ValueError as e:
+            return StepError(f"SQL execution failed: the result can't be read: {e}", "22P02")
+        return StepError("SQL execution failed: a type of the result changes all the time", "XX000")
+
+    async def _types(self, job: Job, lease: SessionLease, oids: Sequence[int]) -> TypeCatalog:
+        if job.database is None:
+            return await self._store.types(oids)
+        # OIDs are those of that database, where only the step's own session is.
+        at, catalog = self._catalogs.get(job.database, (0.0, None))
+        if catalog is None or time.monotonic() - at > 60:
+            catalog = TypeCatalog()
+            self._catalogs[job.database] = (time.monotonic(), catalog)
+        if unknown := catalog.unknown(oids):
+            try:
+                rows = await lease.connection.fetch(TYPES_SQL, ["{" + ",".join(map(str, unknown)) + "}"])
+            except (ServerError, ConnectionLostError) as e:
+                raise TransientError(str(e)) from e
+            catalog.load((rows[0][0] or b"[]").decode(), unknown)
+        return catalog
+
+
+class _OutsideError(Exception):
+    """The statement wants to run outside of a transaction block."""
+
+
+class _FailedError(Exception):
+    """Carries a step's error out of the slot's context, which gives the slot back."""
+
+    def __init__(self, error: StepError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+def is_transient(error: ServerError) -> bool:
+    """Whether a statement's error will pass by itself; 08 and 57P count only when they end the session."""
+    state = error.sqlstate
+    return state in _TRANSIENT_STATES or state.startswith(_TRANSIENT_CLASSES) or (
+        error.fatal and state.startswith(_LATER_CLASSES))
+
+
+def step_error(error: ServerError) -> StepError:
+    """SURFACE 5.2's failure text, with the fields that the original drops."""
+    return StepError(f"SQL execution failed: error returned from database: {error.message}", error.sqlstate,
+                     error.fields.get("D"), error.fields.get("H"))
+
+
+def back_off(settings: EngineSettings, attempt: int) -> float:
+    """Seconds before try number `attempt` + 1: exponential, with full jitter above half."""
+    limit = min(settings.retry_max, settings.retry_min * 2 ** min(attempt - 1, 20))
+    return float(limit * random.uniform(0.5, 1.0))

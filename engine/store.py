@@ -1,0 +1,462 @@
+"""The state in the database, as one worker sees it: every statement that reads or writes schema `duroxide`.
+
+Connections of asyncpg: one for the heartbeat and one for the poll, so that neither waits behind a checkpoint, and a
+pool for the rest. Values travel as text, so that nothing depends on codecs or on infinity in Python.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import structlog
+
+from dsl.values import TYPES_SQL, Column, TypeCatalog
+from engine.model import Changes, Checkpoint, Key, Signal, StepError
+from engine.processes import Life, is_dead
+from engine.settings import EngineSettings
+
+log = structlog.get_logger("dfproxy.engine")
+
+LEASE_LOST = "DF001"
+#: asyncpg's errors and the system's, where the database or the way to it is at fault and a later try may succeed.
+_INFRASTRUCTURE_CLASSES = ("08", "53", "57P", "58")
+_INFRASTRUCTURE_STATES = frozenset({"40001", "40P01", "55P03", "25006", "57014", "25P03"})
+#: What a transaction pooler does to prepared statements.
+_POOLER_STATES = frozenset({"26000", "42P05"})
+
+
+class LeaseLostError(Exception):
+    """Another worker has the instance, or it is no longer there."""
+
+
+def is_infrastructure(error: BaseException) -> bool:
+    """Whether a fault of a control connection will pass by itself."""
+    if isinstance(error, asyncpg.PostgresError):
+        state = error.sqlstate or ""
+        return state.startswith(_INFRASTRUCTURE_CLASSES) or state in _INFRASTRUCTURE_STATES
+    # InterfaceError: asyncpg's word for a connection or pool that is closed or busy being closed.
+    return isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.InternalClientError)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """An instance that was just claimed."""
+
+    instance_id: str
+    token: str
+    fresh: bool
+    crashes: int
+
+
+@dataclass(frozen=True, slots=True)
+class InboxEntry:
+    """A signal, or a request to cancel (`name` is then the reason)."""
+
+    instance_id: str
+    seq: int
+    kind: str
+    name: str
+    data: str | None
+
+    @property
+    def signal(self) -> Signal:
+        return Signal(self.seq, self.name, self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """What one poll found. `next_due`: when the next parked instance is due, database time."""
+
+    claims: list[Claim]
+    inbox: list[InboxEntry]
+    next_due: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedInstance:
+    """An instance as the database has it; `graph` is the JSON text."""
+
+    instance_id: str
+    token: str
+    crashes: int
+    label: str | None
+    graph: str
+    variables: dict[str, str]
+    database: str | None
+    submitted_by: int
+    inbox: list[InboxEntry]
+    checkpoints: list[Checkpoint]
+
+
+POLL = """
+SELECT (SELECT jsonb_agg(jsonb_build_array(c.instance_id, c.token, c.fresh, c.crashes))
+          FROM duroxide.claim($1::text::uuid, $2) c)::text,
+       (SELECT jsonb_agg(jsonb_build_array(s.instance_id, s.seq, s.kind, s.name, s.data) ORDER BY s.seq)
+          FROM duroxide.inbox($1::text::uuid) s)::text,
+       (SELECT CASE WHEN isfinite(min(q.wake_at)) THEN extract(epoch FROM min(q.wake_at))::float8 END
+          FROM duroxide.queue q WHERE q.owner IS NULL AND q.wake_at > clock_timestamp()),
+       extract(epoch FROM clock_timestamp())::float8
+"""
+
+LOAD = """
+SELECT q.instance_id, q.token::text, q.crashes, i.id IS NOT NULL AS present, i.label, i.graph::text AS graph,
+       i.vars::text AS vars, i.database, i.submitted_by::oid::int8 AS submitted_by,
+       (SELECT jsonb_agg(jsonb_build_array(s.instance_id, s.seq, s.kind, s.name, s.data) ORDER BY s.seq)
+          FROM duroxide.signals s WHERE s.instance_id = q.instance_id)::text AS inbox
+  FROM duroxide.queue q LEFT JOIN duroxide.instances i ON i.id = q.instance_id
+ WHERE q.instance_id = ANY ($1) AND q.owner = $2::text::uuid
+"""
+
+HISTORY = """
+SELECT h.instance_id, h.execution, h.node, h.event, h.result, h.types::text AS types, h.error::text AS error,
+       h.meta::text AS meta, h.started_at
+  FROM duroxide.history h WHERE h.instance_id = ANY ($1)
+"""
+
+CHECKPOINT = """
+SELECT duroxide.checkpoint($1, $2::text::uuid, $3::text::jsonb, $4, $5::text::bigint[], $6::text::text[],
+                           $7::text::jsonb, $8::text::timestamptz, $9::text::jsonb)
+"""
+
+#: Gives an instance back after an internal error, not before a pause; counted like a lost worker.
+GIVE_BACK = """
+UPDATE duroxide.queue SET owner = NULL, token = NULL, crashes = crashes + 1,
+       wake_at = clock_timestamp() + make_interval(secs => least(300, power(2, least(crashes, 10))))
+ WHERE instance_id = $1 AND token = $2::text::uuid
+"""
+
+#: Waits for whoever still holds the row's lock with the old token: a session of ours that we lost sight of, whose
+#: checkpoint is either committed when this returns, or will be refused.
+REFENCE = """
+UPDATE duroxide.queue SET token = gen_random_uuid() WHERE instance_id = $1 AND owner = $2::text::uuid
+RETURNING token::text
+"""
+
+
+def _error_json(error: StepError | None) -> dict[str, Any] | None:
+    if error is None:
+        return None
+    return {"message": error.message, "sqlstate": error.sqlstate, "detail": error.detail, "hint": error.hint}
+
+
+def _row_json(row: Checkpoint, *, big: bool) -> dict[str, Any]:
+    item: dict[str, Any] = {"execution": row.execution, "node": row.node, "event": row.event}
+    if big:
+        item["big"] = True
+    elif row.result is not None:
+        item["result"] = row.result
+    if row.columns is not None:
+        item["types"] = [c.to_json() for c in row.columns]
+    if row.error is not None:
+        item["error"] = _error_json(row.error)
+    if row.meta is not None:
+        item["meta"] = dict(row.meta)
+    if row.started_at is not None:
+        item["started_at"] = row.started_at.isoformat()
+    return item
+
+
+def _text_array(items: Iterable[str]) -> str:
+    quoted = (item.replace("\\", "\\\\").replace('"', '\\"') for item in items)
+    return "{" + ",".join(f'"{item}"' for item in quoted) + "}"
+
+
+def checkpoint_arguments(instance_id: str, token: str, changes: Changes, *, big: Key | None = None,
+                         park: str | None = None) -> list[str | None]:
+    """The nine arguments of duroxide.checkpoint, each in its text form.
+
+    `big` names the row whose result goes as it is rather than inside the JSON; `park`: a timestamp, or `infinity`.
+    """
+    result: str | None = None
+    rows = []
+    for row in changes.rows:
+        is_big = big is not None and (row.execution, row.node) == big and row.result is not None \
+            and row.event == "completed"
+        if is_big:
+            result = row.result
+        rows.append(_row_json(row, big=is_big))
+    finish: dict[str, Any] | None = None
+    if changes.finish is not None:
+        finish = {"status": changes.finish.status}
+        if result is not None and changes.finish.output == result:
+            finish["output_is_result"] = True
+        else:
+            finish["output"] = changes.finish.output
+        if changes.finish.error is not None:
+            finish["error"] = _error_json(changes.finish.error)
+    return [
+        instance_id,
+        token,
+        json.dumps(rows, ensure_ascii=False, separators=(",", ":")),
+        result,
+        "{" + ",".join(map(str, changes.consumed)) + "}" if changes.consumed else None,
+        _text_array(changes.prune) if changes.prune else None,
+        json.dumps([list(key) for key in changes.keep]) if changes.keep else None,
+        park,
+        None if finish is None else json.dumps(finish, ensure_ascii=False, separators=(",", ":")),
+    ]
+
+
+def _inbox(text: str | None) -> list[InboxEntry]:
+    return [InboxEntry(*item) for item in json.loads(text)] if text else []
+
+
+def _checkpoint(row: Any) -> Checkpoint:
+    error = json.loads(row["error"]) if row["error"] else None
+    types = json.loads(row["types"]) if row["types"] else None
+    return Checkpoint(
+        row["execution"], row["node"], row["event"], row["result"],
+        None if types is None else tuple(Column.from_json(t) for t in types),
+        None if error is None else StepError(error.get("message") or "", error.get("sqlstate"), error.get("detail"),
+                                             error.get("hint")),
+        json.loads(row["meta"]) if row["meta"] else None, row["started_at"])
+
+
+class Clock:
+    """Database time from the loop's monotonic clock and an offset that every poll and heartbeat measures."""
+
+    def __init__(self) -> None:
+        self._offset = time.time() - time.monotonic()
+        self._measured: tuple[float, float] | None = None  # when, and how sharply
+
+    def now(self) -> datetime:
+        """The database's present, in UTC."""
+        return datetime.fromtimestamp(time.monotonic() + self._offset, UTC)
+
+    def measure(self, sent: float, received: float, database: float) -> None:
+        """Takes a reading: the monotonic clock before and after asking, and the answer (epoch seconds)."""
+        sharpness = received - sent
+        if self._measured is not None:
+            when, best = self._measured
+            # A blunt reading only replaces one that may have drifted away.
+            if sharpness > 2 * best and received - when < 30:
+                return
+        self._measured = (received, sharpness)
+        self._offset = database - (sent + received) / 2
+
+
+class Store:
+    """One worker's access to the state. `open` first; every method may raise what `is_infrastructure` knows."""
+
+    def __init__(self, settings: EngineSettings, *, statement_cache_size: int | None = None) -> None:
+        self.settings = settings
+        self.clock = Clock()
+        self.worker_id = ""
+        self.catalog = TypeCatalog()
+        self._cache_size = settings.statement_cache_size if statement_cache_size is None else statement_cache_size
+        self._pool: asyncpg.Pool[Any] | None = None
+        self._beat: asyncpg.Connection[Any] | None = None
+        self._poll: asyncpg.Connection[Any] | None = None
+        self._catalog_at = time.monotonic()
+        self.last_contact = 0.0  #: monotonic time of the last answer on a connection of its own
+
+    # -- life --------------------------------------------------------------------------------------------------
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "dsn": self.settings.dsn, "timeout": self.settings.connect_timeout,
+            "statement_cache_size": self._cache_size, "max_cached_statement_lifetime": 0,
+            "server_settings": {"application_name": "dfproxy:control"},
+        }
+
+    async def open(self) -> None:
+        """Connects. Raises what asyncpg raises."""
+        self._pool = await asyncpg.create_pool(
+            **self._options(), min_size=1, max_size=max(1, self.settings.max_control_connections - 2),
+            command_timeout=60.0, reset=_no_reset)
+
+    async def close(self) -> None:
+        """Drops all connections at once."""
+        for connection in (self._beat, self._poll):
+            if connection is not None and not connection.is_closed():
+                connection.terminate()
+        self._beat = self._poll = None
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool = None
+
+    async def _own(self, connection: asyncpg.Connection[Any] | None) -> asyncpg.Connection[Any]:
+        """The connection, or a new one if it is lost."""
+        if connection is not None and not connection.is_closed():
+            return connection
+        limit = max(1.0, self.settings.lease / 3)
+        fresh: asyncpg.Connection[Any] = await asyncpg.connect(**self._options(), command_timeout=limit)
+        # Behind a row that somebody's open transaction has locked, neither may wait for long.
+        await fresh.execute(f"SET lock_timeout = {int(limit * 500)}")
+        return fresh
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[asyncpg.Connection[Any]]:
+        if self._pool is None:
+            raise asyncpg.InterfaceError("the store is closed")
+        async with self._pool.acquire(timeout=self.settings.connect_timeout) as connection:
+            yield connection
+
+    def saw_pooler(self, error: BaseException) -> bool:
+        """Whether the error says that a transaction pooler is in between; prepared statements are then given up."""
+        if isinstance(error, asyncpg.PostgresError) and error.sqlstate in _POOLER_STATES and self._cache_size:
+            log.warning("a transaction pooler seems to be in between: prepared statements are off")
+            self._cache_size = 0
+            return True
+        return False
+
+    # -- worker ------------------------------------------------------------------------------------------------
+
+    async def register(self) -> None:
+        """Makes this worker known, and frees at once what dead workers of this very machine held."""
+        life = Life.mine()
+        self.worker_id = str(uuid4())
+        async with self._connection() as c:
+            dead = [row["id"] for row in await c.fetch("SELECT id, name FROM duroxide.workers")
+                    if is_dead(row["name"])]
+            if dead:
+                await c.execute("UPDATE duroxide.workers SET heartbeat_at = '-infinity' WHERE id = ANY ($1)", dead)
+            await c.execute(
+                "INSERT INTO duroxide.workers (id, name, version, lease) VALUES ($1::text::uuid, $2, $3, $4)",
+                self.worker_id, f"{self.settings.worker_name} {life or ''}".strip(), self.settings.version,
+                timedelta(seconds=self.settings.lease))
+        await self.heartbeat()
+
+    async def unregister(self) -> None:
+        """Gives everything back and leaves."""
+        async with self._connection() as c:
+            await c.execute(
+                "UPDATE duroxide.queue SET owner = NULL, token = NULL, wake_at = clock_timestamp() "
+                "WHERE owner = $1::text::uuid", self.worker_id)
+            await c.execute("DELETE FROM duroxide.workers WHERE id = $1::text::uuid", self.worker_id)
+
+    async def heartbeat(self) -> bool:
+        """Renews the lease and frees what lost workers held. False: this worker was given up itself."""
+        c = self._beat = await self._own(self._beat)
+        sent = time.monotonic()
+        try:
+            row = await c.fetchrow("SELECT duroxide.heartbeat($1::text::uuid), "
+                                   "extract(epoch FROM clock_timestamp())::float8", self.worker_id)
+        except asyncpg.LockNotAvailableError:
+            # Freeing a lost worker's instances met a lock; our own life sign must not wait for it.
+            row = await c.fetchrow(
+                "WITH alive AS (UPDATE duroxide.workers SET heartbeat_at = clock_timestamp() "
+                "WHERE id = $1::text::uuid RETURNING 1) "
+                "SELECT EXISTS (SELECT FROM alive), extract(epoch FROM clock_timestamp())::float8", self.worker_id)
+        assert row is not None
+        self._contact(sent, row[1])
+        return bool(row[0])
+
+    async def poll(self, limit: int) -> Poll:
+        """Claims up to `limit` due instances and reads the inbox of those held, in one round trip."""
+        c = self._poll = await self._own(self._poll)
+        sent = time.monotonic()
+        row = await c.fetchrow(POLL, self.worker_id, limit)
+        assert row is not None
+        self._contact(sent, row[3])
+        claims = [Claim(*item) for item in json.loads(row[0])] if row[0] else []
+        due = None if row[2] is None else datetime.fromtimestamp(min(row[2], 253402300799.0), UTC)
+        return Poll(claims, _inbox(row[1]), due)
+
+    def _contact(self, sent: float, database: float) -> None:
+        self.last_contact = time.monotonic()
+        self.clock.measure(sent, self.last_contact, database)
+
+    # -- instances ---------------------------------------------------------------------------------------------
+
+    async def load(self, ids: Sequence[str], with_history: Sequence[str]) -> dict[str, LoadedInstance]:
+        """The instances among `ids` that this worker holds; checkpoints only of those in `with_history`."""
+        async with self._connection() as c:
+            rows = await c.fetch(LOAD, list(ids), self.worker_id)
+            checkpoints: dict[str, list[Checkpoint]] = {}
+            if with_history:
+                for row in await c.fetch(HISTORY, list(with_history)):
+                    checkpoints.setdefault(row["instance_id"], []).append(_checkpoint(row))
+            orphans = [row["instance_id"] for row in rows if not row["present"]]
+            if orphans:
+                log.warning("queue rows without an instance", instances=orphans)
+                await c.execute(
+                    "DELETE FROM duroxide.queue q WHERE q.instance_id = ANY ($1) "
+                    "AND NOT EXISTS (SELECT FROM duroxide.instances i WHERE i.id = q.instance_id)", orphans)
+        return {
+            row["instance_id"]: LoadedInstance(
+                row["instance_id"], row["token"], row["crashes"], row["label"], row["graph"],
+                {k: v for k, v in json.loads(row["vars"]).items() if v is not None}, row["database"],
+                row["submitted_by"], _inbox(row["inbox"]), checkpoints.get(row["instance_id"], []))
+            for row in rows if row["present"]
+        }
+
+    async def checkpoint(self, instance_id: str, token: str, changes: Changes, *, big: Key | None = None,
+                         park: str | None = None) -> None:
+        """Records `changes` by themselves. Raises LeaseLostError."""
+        arguments = checkpoint_arguments(instance_id, token, changes, big=big, park=park)
+        async with self._connection() as c:
+            try:
+                await c.execute(CHECKPOINT, *arguments)
+            except asyncpg.PostgresError as e:
+                if e.sqlstate == LEASE_LOST:
+                    raise LeaseLostError(instance_id) from e
+                raise
+
+    async def refence(self, instance_id: str) -> str:
+        """A new token for an instance: from now on no lost session can record for it. Raises LeaseLostError."""
+        async with self._connection() as c:
+            fresh: str | None = await c.fetchval(REFENCE, instance_id, self.worker_id)
+        if fresh is None:
+            raise LeaseLostError(instance_id)
+        return fresh
+
+    async def release(self, ids: Sequence[str]) -> None:
+        """Gives instances back, due at once."""
+        async with self._connection() as c:
+            await c.execute("SELECT duroxide.release($1::text::uuid, $2)", self.worker_id, list(ids))
+
+    async def owned(self) -> list[str]:
+        """Every instance that the database says this worker holds."""
+        async with self._connection() as c:
+            rows = await c.fetch("SELECT instance_id FROM duroxide.queue WHERE owner = $1::text::uuid", self.worker_id)
+        return [row["instance_id"] for row in rows]
+
+    async def give_back(self, instance_id: str, token: str) -> None:
+        """Gives an instance back after an internal error, with a pause that grows."""
+        async with self._connection() as c:
+            await c.execute(GIVE_BACK, instance_id, token)
+
+    async def made_progress(self, instance_id: str, token: str) -> None:
+        """Forgets earlier crashes: the instance got further this time."""
+        async with self._connection() as c:
+            await c.execute("UPDATE duroxide.queue SET crashes = 0 WHERE instance_id = $1 AND token = $2::text::uuid",
+                            instance_id, token)
+
+    # -- the rest ----------------------------------------------------------------------------------------------
+
+    async def fetch(self, sql: str, *parameters: object) -> list[Any]:
+        """Rows of a query of the engine's own, on a control connection."""
+        async with self._connection() as c:
+            return list(await c.fetch(sql, *parameters))
+
+    async def execute(self, sql: str, *parameters: object) -> None:
+        """A statement of the engine's own, on a control connection."""
+        async with self._connection() as c:
+            await c.execute(sql, *parameters)
+
+    async def types(self, oids: Iterable[int]) -> TypeCatalog:
+        """The catalog of the home database, with `oids` in it. What was loaded is asked for anew once a minute."""
+        if time.monotonic() - self._catalog_at > 60:
+            self.catalog, self._catalog_at = TypeCatalog(), time.monotonic()
+        catalog = self.catalog
+        unknown = catalog.unknown(oids)
+        if unknown:
+            async with self._connection() as c:
+                text = await c.fetchval(TYPES_SQL, "{" + ",".join(map(str, unknown)) + "}")
+            catalog.load(text, unknown)
+        return catalog
+
+
+async def _no_reset(connection: asyncpg.Connection[Any]) -> None:
+    """asyncpg would reset a session with a round trip at each release; nothing here changes one."""
+    await asyncio.sleep(0)

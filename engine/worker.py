@@ -1,0 +1,312 @@
+"""The worker: claims due instances, runs each in a task, keeps its lease, and survives what happens to the database.
+
+`run` is a loop of *lives*. In a life the worker is registered under one id; when it finds that it was given up (its
+heartbeat came too late), it drops everything and begins a new life. A database that is away is waited for within one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from engine.identity import Identities
+from engine.instance import Gate, HeldInstance, Surroundings
+from engine.runner import Runner, back_off
+from engine.settings import EngineSettings
+from engine.store import Claim, LoadedInstance, Store, is_infrastructure
+
+log = structlog.get_logger("dfproxy.engine")
+
+#: Seconds that giving everything back may take when the worker stops.
+FAREWELL = 2.0
+
+
+class _GivenUpError(Exception):
+    """Others have taken this worker for dead."""
+
+
+class _PoolerError(Exception):
+    """Prepared statements don't work here: connect anew without."""
+
+
+@dataclass
+class Statistics:
+    """What a worker did since it was made."""
+
+    claimed: int = 0
+    polls: int = 0
+    bugs: int = 0
+    lives: int = 0
+
+
+class Worker:
+    """An engine for one database. `run` it in a task; `wake` says that something was committed; `stop` ends it."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.statistics = Statistics()
+        self.identity_report: str | None = None
+        self._held: dict[str, HeldInstance] = {}
+        self._wake = asyncio.Event()
+        self._stopping = False
+        self._deadline = 0.0
+        self._ended = asyncio.Event()
+        self._started = False
+        self._cache_size = settings.statement_cache_size
+        self._instances: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def held(self) -> int:
+        """Instances in memory."""
+        return len(self._held)
+
+    def wake(self) -> None:
+        """Looks for work at once. To be called in the loop that `run` runs in."""
+        self._wake.set()
+
+    async def stop(self, grace: float = 10.0) -> None:
+        """Takes no more work, gives running steps `grace` seconds, gives everything back, and ends `run`."""
+        self._deadline = time.monotonic() + grace
+        self._stopping = True
+        for instance in list(self._held.values()):
+            instance.poke()
+        self._wake.set()
+        if self._started:
+            await self._ended.wait()
+
+    async def run(self) -> None:
+        """Works until `stop` or cancellation. Never ends because of the database."""
+        self._started = True
+        attempt = 0
+        try:
+            while not self._stopping:
+                born = time.monotonic()
+                try:
+                    await self._live()
+                except _GivenUpError:
+                    log.warning("this worker was given up by others; it starts anew", worker=self.settings.worker_name)
+                    continue
+                except _PoolerError:
+                    self._cache_size = 0
+                    continue
+                except Exception as e:
+                    if is_infrastructure(e):
+                        log.warning("the database is away", reason=str(e) or type(e).__name__)
+                    else:
+                        self.statistics.bugs += 1
+                        log.exception("the worker failed and starts anew")
+                attempt = 1 if time.monotonic() - born > 60 else attempt + 1
+                await self._pause(back_off(self.settings, attempt))
+        finally:
+            self._ended.set()
+
+    # -- one life ----------------------------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        self.statistics.lives += 1
+        store = Store(self.settings, statement_cache_size=self._cache_size)
+        registered = False
+        try:
+            await store.open()
+            await store.register()
+            registered = True
+            identities = Identities(self.settings, store)
+            self.identity_report = await identities.report()
+            runner = Runner(self.settings, store, identities)
+            shared = Surroundings(self.settings, store, identities, runner, Gate(), self._leave,
+                                  lambda: self._stopping)
+            log.info("worker ready", worker=self.settings.worker_name, identity=self.identity_report)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    beat = group.create_task(self._heartbeats(store, runner))
+                    await self._polls(shared, group)
+                    for task in self._instances.values():
+                        task.cancel()
+                    beat.cancel()
+            finally:
+                runner.pool.close_idle(-1)
+        except BaseExceptionGroup as errors:
+            # Of several faults the one that says most about what to do next.
+            raise _first(errors) from errors
+        finally:
+            self._held.clear()
+            self._instances.clear()
+            if registered:
+                await self._farewell(store)
+            await store.close()
+
+    async def _farewell(self, store: Store) -> None:
+        """Gives everything back. If that fails the lease will run out."""
+        try:
+            async with asyncio.timeout(FAREWELL):
+                await store.unregister()
+        except Exception as e:
+            if not is_infrastructure(e):
+                raise
+            log.warning("instances could not be given back; their lease will run out", reason=str(e))
+
+    async def _heartbeats(self, store: Store, runner: Runner) -> None:
+        interval = self.settings.lease / 3
+        while True:
+            try:
+                alive = await store.heartbeat()
+            except Exception as e:
+                if not is_infrastructure(e):
+                    raise
+                log.warning("heartbeat failed", reason=str(e) or type(e).__name__)
+                await asyncio.sleep(min(1.0, interval / 3))
+                continue
+            if not alive:
+                raise _GivenUpError
+            runner.pool.close_idle(self.settings.idle_connection)
+            await asyncio.sleep(interval)
+
+    # -- finding work ------------------------------------------------------------------------------------------
+
+    async def _polls(self, shared: Surroundings, group: asyncio.TaskGroup) -> None:
+        settings, store = self.settings, shared.store
+        pause = settings.poll_busy
+        attempt = 0
+        audit_at = time.monotonic() + settings.lease
+        while True:
+            self._wake.clear()
+            if self._stopping and (not self._held or time.monotonic() >= self._deadline):
+                return
+            limit = 0 if self._stopping else min(settings.claim_batch, settings.max_instances - len(self._held))
+            try:
+                async with shared.gate.poll():
+                    found = await store.poll(max(0, limit))
+                    claims = self._enter(found.claims, shared)
+                    for entry in found.inbox:
+                        if (instance := self._held.get(entry.instance_id)) is not None:
+                            instance.put(entry)
+                    if time.monotonic() >= audit_at:
+                        audit_at = time.monotonic() + settings.lease
+                        await self._audit(store)
+                attempt = 0
+            except Exception as e:
+                if store.saw_pooler(e):
+                    raise _PoolerError from e
+                if not is_infrastructure(e):
+                    raise
+                attempt += 1
+                log.warning("poll failed", reason=str(e) or type(e).__name__)
+                await self._pause(min(back_off(settings, attempt), settings.lease / 3))
+                continue
+            self.statistics.polls += 1
+            self.statistics.claimed += len(claims)
+            if claims:
+                group.create_task(self._begin(claims, shared, group))
+            if claims or found.inbox:
+                pause = settings.poll_busy
+                if len(claims) == limit:
+                    continue
+            wait = pause
+            if found.next_due is not None:
+                wait = min(wait, max(0.0, (found.next_due - store.clock.now()).total_seconds()))
+            if self._stopping:
+                wait = min(wait, max(0.0, self._deadline - time.monotonic()), 0.05)
+            if await self._pause(wait):
+                pause = settings.poll_busy
+            else:
+                pause = min(pause * 2, settings.poll_held if self._held else settings.poll_idle)
+
+    async def _pause(self, seconds: float) -> bool:
+        """Sleeps until somebody wakes the worker (True) or the time is over."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _enter(self, claims: Sequence[Claim], shared: Surroundings) -> list[Claim]:
+        """Books claimed instances before anything else can happen to them."""
+        for claim in claims:
+            stale = self._instances.pop(claim.instance_id, None)
+            if stale is not None:
+                # Given back without our knowing (the answer was lost), and claimed again: the old one has no lease.
+                stale.cancel()
+            self._held[claim.instance_id] = HeldInstance(claim.instance_id, shared)
+        return list(claims)
+
+    def _leave(self, instance: HeldInstance) -> None:
+        if self._held.get(instance.instance_id) is instance:
+            del self._held[instance.instance_id]
+            if len(self._held) == self.settings.max_instances - 1 or (self._stopping and not self._held):
+                self._wake.set()
+
+    async def _audit(self, store: Store) -> None:
+        """Gives back what the database says we hold and we don't: a release whose failure could not be told apart."""
+        lost = [i for i in await store.owned() if i not in self._held]
+        if lost:
+            log.warning("instances held without being run are given back", count=len(lost))
+            await store.release(lost)
+
+    # -- instances ---------------------------------------------------------------------------------------------
+
+    async def _begin(self, claims: Sequence[Claim], shared: Surroundings, group: asyncio.TaskGroup) -> None:
+        """Reads a batch of claimed instances and starts a task for each."""
+        held = {c.instance_id: self._held[c.instance_id] for c in claims if c.instance_id in self._held}
+        loaded = await self._load(claims, shared.store)
+        for instance_id, instance in held.items():
+            row = loaded.get(instance_id)
+            if row is None or self._held.get(instance_id) is not instance:
+                self._leave(instance)
+                continue
+            self._instances[instance_id] = group.create_task(self._hold(instance, row, shared.store))
+
+    async def _load(self, claims: Sequence[Claim], store: Store) -> dict[str, LoadedInstance]:
+        attempt = 0
+        while True:
+            try:
+                return await store.load([c.instance_id for c in claims],
+                                        [c.instance_id for c in claims if not c.fresh])
+            except Exception as e:
+                if not is_infrastructure(e):
+                    raise
+                attempt += 1
+                log.warning("claimed instances can't be read yet", reason=str(e) or type(e).__name__)
+                await asyncio.sleep(back_off(self.settings, attempt))
+
+    async def _hold(self, instance: HeldInstance, loaded: LoadedInstance, store: Store) -> None:
+        """Runs one instance; whatever is wrong with it stays with it."""
+        try:
+            await instance.run(loaded)
+        except Exception:
+            self.statistics.bugs += 1
+            log.exception("an instance met a bug; it is given back for a while", instance=instance.instance_id)
+            await self._give_back(instance, store)
+        finally:
+            if self._instances.get(instance.instance_id) is asyncio.current_task():
+                del self._instances[instance.instance_id]
+            self._leave(instance)
+
+    async def _give_back(self, instance: HeldInstance, store: Store) -> None:
+        try:
+            await store.give_back(instance.instance_id, instance.token)
+        except Exception as e:
+            if not is_infrastructure(e):
+                raise
+            log.warning("instance could not be given back", instance=instance.instance_id, reason=str(e))
+
+
+def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The fault to act on: being given up, else the first that is not a group."""
+    flat: list[BaseException] = []
+    todo: list[BaseException] = [errors]
+    while todo:
+        error = todo.pop(0)
+        if isinstance(error, BaseExceptionGroup):
+            todo += error.exceptions
+        else:
+            flat.append(error)
+    for kind in (_GivenUpError, _PoolerError):
+        for error in flat:
+            if isinstance(error, kind):
+                return error
+    return flat[0]
