@@ -39,14 +39,14 @@ def check(expression: str, zone: str | None) -> None:
 def next_fire(expression: str, zone: str | None, after: datetime) -> datetime:
     """The first firing strictly after `after` (an aware datetime), in UTC. Raises ValueError as `check` does.
 
-    Where the hour is `*`, each real hour counts: hours that the clocks skip are no hours, repeated ones are two.
+    Where every hour matches, each real hour counts: hours that the clocks skip are no hours, repeated ones are two.
     Otherwise wall-clock times count: a skipped one fires at the first valid instant, a repeated one the first time.
     """
     fields = _fields(expression)
     tz = _zone(expression, zone)
     local = after.astimezone(tz)
     try:
-        if fields.split()[1] == "*":
+        if len(CronSim(fields, local.replace(tzinfo=None)).hours) == 24:
             return _real_hours(fields, tz, after, local)
         return next(instant for wall in _walls(fields, local)
                     if (instant := _first_valid(wall, tz)) > after)

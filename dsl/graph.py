@@ -82,7 +82,7 @@ class Node:
         """WAIT_SCHEDULE: cron expression, time zone (None: UTC). dsl.cron checks both. Raises GraphError."""
         config = self._config()
         expression = config.get("cron_expr")
-        zone = config.get("timezone", config.get("time_zone"))
+        zone = config.get("timezone")
         if not isinstance(expression, str):
             raise self.error("config has no cron_expr text")
         if zone is not None and not isinstance(zone, str):

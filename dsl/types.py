@@ -107,8 +107,21 @@ class TypeCatalog:
         return self._types.get(oid)
 
     def unknown(self, oids: Iterable[int]) -> list[int]:
-        """Those of `oids` that should be loaded with TYPES_SQL."""
-        return sorted({oid for oid in oids if oid not in self._types})
+        """What should be loaded with TYPES_SQL: those of `oids`, and of the types that they are made of."""
+        missing: set[int] = set()
+        seen: set[int] = set()
+        todo = list(oids)
+        while todo:
+            oid = todo.pop()
+            if oid in _BUILTIN or oid in seen:
+                continue
+            seen.add(oid)
+            info = self._types.get(oid)
+            if info is None:
+                missing.add(oid)
+            else:
+                todo += [info.element] if info.element else [field for _, field in info.fields]
+        return sorted(missing)
 
     def load(self, text: str, asked: Iterable[int] = ()) -> None:
         """Takes in the result of TYPES_SQL. `asked` types that are not in it (dropped meanwhile) count as text."""
@@ -122,7 +135,7 @@ class TypeCatalog:
             self._types.setdefault(oid, TypeInfo(oid, "text"))
 
     def forget(self, oid: int) -> None:
-        """Drops what was loaded about a type that has changed, and about the types made of it."""
+        """Drops what was loaded about a type that has changed."""
         if oid not in _BUILTIN:
             self._types.pop(oid, None)
 
