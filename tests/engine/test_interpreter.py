@@ -78,7 +78,7 @@ class World:
         if text == "again":
             return rows(int(re.findall(r":(\d+)", key[0])[-1]) < 3)
         if m := re.fullmatch(r"value (.*)", text):
-            return rows(json.loads(m[1]))
+            return rows(json.loads(m[1].replace("'", '"')))  # what substitution quoted
         return rows(f"{key[0]}#{key[1]} {text}")
 
     def step(self, *, lose: bool = False) -> None:
