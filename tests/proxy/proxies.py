@@ -125,7 +125,7 @@ def running_proxy(upstream: str, *, rewriter: Rewriter | None = None, **config: 
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(serve())
-        except BaseException as e:
+        except BaseException as e:  # noqa: BLE001 (raised again by the thread that waits)
             box.append(e)
         finally:
             started.set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import struct
 
@@ -35,7 +36,7 @@ modes = st.dictionaries(st.sampled_from(b"QPBDESdZTC"), st.sampled_from((PASS, N
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     """`data` cut at each of `cuts` (taken modulo its length)."""
     at = sorted({0, len(data), *(c % (len(data) + 1) for c in cuts)})
-    return [data[a:b] for a, b in zip(at, at[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(at)]
 
 
 def stream(of: list[Frame]) -> bytes:
@@ -83,9 +84,7 @@ def test_splitter_loses_and_invents_nothing(
                 assert modes[item.type] == WHOLE
                 seen.append(item)
                 out += item.encode()
-            elif isinstance(item, int):
-                seen.append(item)
-            elif isinstance(item, Peek):
+            elif isinstance(item, int | Peek):
                 seen.append(item)
             else:
                 out += item
