@@ -305,6 +305,13 @@ class LoopFrame(Frame):
             loop.worked = True
             loop = loop.loop
 
+    def began_by(self, moment: datetime) -> None:
+        """A checkpoint shows that this round, and the ones around it, had begun by then (round 1 is not recorded)."""
+        loop: LoopFrame | None = self
+        while loop is not None and moment < loop.began:
+            loop.began = moment
+            loop = loop.loop
+
     def _body(self, run: Interpreter) -> None:
         self.worked = self.failed = False
         run.start_child(self, self.node.left, 0, execution=self.path(self.round))
@@ -367,8 +374,10 @@ class LeafFrame(Frame):
     __slots__ = ()
 
     def start(self, run: Interpreter) -> None:
-        self.started_at = run.now
         row = run.recorded(self)
+        self.started_at = (row.started_at if row is not None else None) or run.now
+        if self.loop is not None:
+            self.loop.began_by(self.started_at)
         if row is not None and row.event == "completed":
             self.succeed(run, row.result or "null", row, row.columns)
         elif row is not None and row.event == "failed":
