@@ -225,13 +225,10 @@ async def pooler(connection: asyncpg.Connection, settings: Settings) -> list[Fin
     # Somebody answers in the server's place. Does a session keep its server connection while another one works?
     try:
         async with asyncio.timeout(5), _session(settings) as other:
-            await connection.execute("SET application_name = 'dfproxy:doctor:probe'")
+            await connection.execute("SET dfproxy.probe = 'here'")  # a setting that no pooler knows of and carries over
             async with other.transaction():
                 await other.execute("SELECT 1")
-                kept = await connection.fetchval("SELECT current_setting('application_name')")
-            same = kept == "dfproxy:doctor:probe" and (
-                await connection.fetchval("SELECT pg_backend_pid()")
-                == await connection.fetchval("SELECT pg_backend_pid()"))
+                same = await connection.fetchval("SELECT current_setting('dfproxy.probe', true)") == "here"
     except TimeoutError:
         same = False  # the other's transaction holds the only server connection
     if same:

@@ -83,7 +83,7 @@ def _said(error: asyncpg.PostgresError) -> str:
     """The server's own words on one line."""
     parts = [str(error.args[0]) if error.args else type(error).__name__]
     parts += [text for text in (getattr(error, "detail", None), getattr(error, "hint", None)) if text]
-    return ". ".join(part.rstrip(".") for part in parts)
+    return ". ".join(" ".join(part.split()).rstrip(".") for part in parts)
 
 
 def _reason(error: OSError) -> str:

@@ -62,7 +62,9 @@ class LocalServer:
         await self._set_up()
 
     async def stop(self) -> None:
-        """Stops the server and gives the folder free."""
+        """Stops the server and gives the folder free; nothing if it is not ours (`start` failed)."""
+        if self._lock is None:
+            return
         await asyncio.to_thread(self.cluster.stop)
         self._unlock()
 
