@@ -1,0 +1,253 @@
+"""Single SQL steps: what they may do, what they leave behind, how they fail, and what is recorded."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.fix_graphs import join, seq, sql
+from tests.engine.helpers import Client, ended, install, running_worker, until
+from tests.fix_postgres import Database
+
+DONE = '{"rows":[],"row_count":0}'
+
+
+async def run_steps(database: Database, *queries: str, **changes: object) -> list[tuple[str, str | None]]:
+    """Each query as a workflow of its own, one after the other, through one session."""
+    outcomes = []
+    with Client(database) as c:
+        async with running_worker(database, max_user_connections=1, **changes) as worker:
+            for query in queries:
+                instance = c.start(sql(query))
+                worker.wake()
+                outcomes += await ended(c, instance)
+    return outcomes
+
+
+@pytest.mark.parametrize(("step", "look"), [
+    ("SET search_path = nowhere", "SELECT current_setting('search_path') AS found"),
+    ("SELECT set_config('df.in_workflow', 'false', false)", "SELECT current_setting('df.in_workflow') AS found"),
+    ("SET TIME ZONE 'Asia/Tokyo'", "SELECT current_setting('TimeZone') AS found"),
+    ("CREATE TEMP TABLE x (n int)", "SELECT count(*)::text AS found FROM pg_class WHERE relname = 'x'"),
+    ("SELECT pg_advisory_lock(42)", "SELECT count(*)::text AS found FROM pg_locks WHERE locktype = 'advisory'"),
+    ("PREPARE p AS SELECT 1", "SELECT count(*)::text AS found FROM pg_prepared_statements WHERE name = 'p'"),
+    ("LISTEN channel", "SELECT count(*)::text AS found FROM pg_listening_channels()"),
+    ("DECLARE k CURSOR WITH HOLD FOR SELECT 1",
+     "SELECT count(*)::text AS found FROM pg_cursors WHERE name = 'k'"),
+    ("SET ROLE pg_monitor", "SELECT (current_user = session_user)::text AS found"),
+])
+async def test_nothing_carries_over(database18: Database, step: str, look: str) -> None:
+    await install(database18)
+    before, changed, after = await run_steps(database18, look, step, look)
+    assert changed[0] == "completed" or "permission denied to set role" in (changed[1] or "")
+    assert before[0] == "completed"
+    assert after == before
+
+
+async def test_reset_role_inside_a_step_is_harmless(database18: Database) -> None:
+    await install(database18)
+    assert await run_steps(database18, "RESET ROLE", "RESET ALL", "SELECT 1 AS n") == [
+        ("completed", DONE), ("completed", DONE), ("completed", '{"rows":[{"n":1}],"row_count":1}')]
+
+
+@pytest.mark.parametrize("step", ["COMMIT", "ROLLBACK", "COMMIT AND CHAIN", "ROLLBACK AND CHAIN",
+                                  "PREPARE TRANSACTION 'x'", "ABORT", "END"])
+async def test_a_step_can_t_end_its_transaction(database18: Database, step: str) -> None:
+    await install(database18)
+    (status, output), after = await run_steps(database18, step, "SELECT 1 AS n")
+    assert status == "failed"
+    assert "a step can't end its transaction" in (output or "") or "prepared transactions are disabled" in (output or "")
+    assert after[0] == "completed"
+
+
+@pytest.mark.parametrize(("step", "words"), [
+    ("SELECT 1; SELECT 2", "cannot insert multiple commands into a prepared statement"),
+    ("COPY pg_class TO STDOUT", "COPY from STDIN and to STDOUT need a client"),
+    ("COPY duroxide.vars FROM STDIN", "COPY from STDIN and to STDOUT need a client"),
+    ("SET client_encoding = 'LATIN1'", "can't change client_encoding"),
+    ("SELECT $1::int", "bind message supplies 0 parameters"),
+    ("SELEKT", 'syntax error at or near "SELEKT"'),
+    ("DO $$ BEGIN COMMIT; END $$", None),
+    ("SET TRANSACTION READ ONLY", None),
+    ("", None),
+])
+async def test_odd_statements(database18: Database, step: str, words: str | None) -> None:
+    await install(database18)
+    (status, output), after = await run_steps(database18, step or "-- nothing", "SELECT 1 AS n")
+    if words is None:
+        assert (status, output) == ("completed", DONE)
+    else:
+        assert status == "failed"
+        assert words in (output or "")
+    assert after == ("completed", '{"rows":[{"n":1}],"row_count":1}')
+
+
+async def test_a_step_that_kills_its_own_session_fails_in_the_end(database18: Database) -> None:
+    await install(database18)
+    (status, output), after = await run_steps(
+        database18, "SELECT pg_terminate_backend(pg_backend_pid())", "SELECT 1 AS n", max_crashes=3, retry_min=0.01)
+    assert status == "failed"
+    assert output == "the connection was lost 3 times while this step ran: " \
+                     "terminating connection due to administrator command"
+    assert after[0] == "completed"
+
+
+async def test_deferred_constraints_fail_the_step(database: Database) -> None:
+    await install(database)
+    with Client(database) as c:
+        c.execute("CREATE TABLE parent (id int PRIMARY KEY)")
+        c.execute("CREATE TABLE child (id int REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
+    [(status, output)] = await run_steps(database, "INSERT INTO child VALUES (1)")
+    assert status == "failed"
+    assert "violates foreign key constraint" in (output or "")
+
+
+async def test_a_checkpoint_that_fails_for_good_fails_the_step(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        c.execute("CREATE TABLE t (n int)")
+        c.execute("CREATE FUNCTION boom() RETURNS trigger LANGUAGE plpgsql AS "
+                  "$$ BEGIN RAISE EXCEPTION 'not this one'; END $$")
+        # Fires at COMMIT only: SET CONSTRAINTS can't reach a trigger that the checkpoint itself sets off.
+        c.execute("CREATE CONSTRAINT TRIGGER boom AFTER INSERT ON duroxide.history DEFERRABLE INITIALLY DEFERRED "
+                  "FOR EACH ROW WHEN (NEW.result LIKE '%%poison%%') EXECUTE FUNCTION boom()")
+        instance = c.start(seq(sql("INSERT INTO t VALUES (1) RETURNING 'poison' AS what"), sql("SELECT 1")))
+        async with running_worker(database18):
+            [(status, output)] = await ended(c, instance)
+        assert status == "failed"
+        assert output == "SQL execution failed: error returned from database: not this one"
+        assert c.rows("SELECT * FROM t") == []
+
+
+async def test_statements_that_need_no_transaction_block(database: Database) -> None:
+    await install(database)
+    with Client(database) as c:
+        c.execute("CREATE TABLE t (n int)")
+        c.execute("CREATE PROCEDURE twice() LANGUAGE plpgsql AS "
+                  "$$ BEGIN INSERT INTO t VALUES (1); COMMIT; INSERT INTO t VALUES (2); COMMIT; END $$")
+        instances = [c.start(sql("VACUUM t")), c.start(sql("CALL twice()"))]
+        concurrently = c.start(seq(sql("CREATE INDEX CONCURRENTLY i ON t (n)"), sql("SELECT 1 AS n")))
+        async with running_worker(database):
+            assert [s for s, _ in await ended(c, *instances, concurrently)] == ["completed"] * 3
+        assert c.rows("SELECT n FROM t ORDER BY n") == [(1,), (2,)]
+        assert c.one("SELECT meta FROM duroxide.history WHERE instance_id = %s", instances[0]) == \
+            {"tag": "VACUUM", "at_least_once": True}
+        assert c.one("SELECT indisvalid FROM pg_index WHERE indexrelid = 'i'::regclass") is True
+
+
+async def test_a_step_in_another_database(database18: Database) -> None:
+    await install(database18)
+    other = database18.name + "_other"
+    with Client(database18, "postgres") as c:
+        c.execute(f"CREATE DATABASE {other} OWNER {database18.owner}")
+    try:
+        with Client(database18) as c:
+            instances = [
+                c.start(sql("SELECT current_database()::text AS d"), database=other),
+                c.start(seq(sql("CREATE TYPE pair AS (a int, b text)"), sql("SELECT (1, 'x')::pair AS p")),
+                        database=other),
+                c.start(sql("SELECT 1"), database=other + "_missing"),
+            ]
+            async with running_worker(database18):
+                first, second, third = await ended(c, *instances)
+            assert first == ("completed", f'{{"rows":[{{"d":"{other}"}}],"row_count":1}}')
+            assert second == ("completed", '{"rows":[{"p":{"a":1,"b":"x"}}],"row_count":1}')
+            assert third[1] == (f"Failed to connect to database '{other}_missing' as '{database18.owner}'. "
+                                f"Error: database \"{other}_missing\" does not exist")
+    finally:
+        with Client(database18, "postgres") as c:
+            c.execute(f"DROP DATABASE {other} WITH (FORCE)")
+
+
+async def test_results_that_are_too_large_fail_before_they_commit(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        c.execute("CREATE TABLE t (n int)")
+    rows, wide, one, fits = await run_steps(
+        database18, "INSERT INTO t SELECT generate_series(1, 101) RETURNING n",
+        "INSERT INTO t SELECT n FROM generate_series(1, 50) n RETURNING repeat('x', 10000)",
+        "SELECT repeat('x', 10000000) AS x", "SELECT count(*) AS n FROM t",
+        max_result_rows=100, max_result_bytes=100_000)
+    assert rows == ("failed", "SQL execution failed: the result has more rows than max_result_rows (100)")
+    assert wide == ("failed", "SQL execution failed: the result is larger than max_result_bytes (100000)")
+    assert one == ("failed", "SQL execution failed: the result is larger than max_result_bytes (100000)")
+    assert fits == ("completed", '{"rows":[{"n":0}],"row_count":1}')
+
+
+async def test_serialization_failures_are_tried_again(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        c.execute("CREATE SEQUENCE tries")
+        step = "DO $$ BEGIN IF nextval('tries') < 3 THEN RAISE 'no luck' USING ERRCODE = '40001'; END IF; END $$"
+        instance = c.start(sql(step))
+        async with running_worker(database18, retry_min=0.01):
+            assert (await ended(c, instance))[0][0] == "completed"
+        assert c.one("SELECT last_value FROM tries") == 3
+
+
+async def test_serializable_roles(database18: Database) -> None:
+    """Conflicts at COMMIT, after the interpreter has been told: the instance is read again and the step runs again."""
+    await install(database18)
+    with Client(database18) as c:
+        c.execute(f"ALTER ROLE {database18.owner} SET default_transaction_isolation = 'serializable'")
+        c.execute("CREATE TABLE t (n int)")
+        instances = [c.start(sql("INSERT INTO t SELECT count(*) FROM t")) for _ in range(12)]
+        async with running_worker(database18, retry_min=0.01):
+            outcomes = await ended(c, *instances)
+        assert {s for s, _ in outcomes} == {"completed"}
+        assert c.rows("SELECT n FROM t ORDER BY n") == [(n,) for n in range(12)]
+
+
+async def test_read_only_roles(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        c.execute("CREATE TABLE t (n int)")
+    outcomes = await run_steps(database18, "SELECT set_config('transaction_read_only', 'on', true) AS s", "SELECT 1 AS n")
+    assert outcomes == [("completed", '{"rows":[{"s":"on"}],"row_count":1}'),
+                        ("completed", '{"rows":[{"n":1}],"row_count":1}')]
+
+
+async def test_types_made_by_users(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        c.execute("CREATE TYPE mood AS ENUM ('sad', 'glad')")
+        c.execute("CREATE DOMAIN positive AS int CHECK (value > 0)")
+        c.execute("CREATE TYPE point3 AS (x int, y positive, m mood[])")
+    step = "SELECT 'glad'::mood AS m, 3::positive AS p, ROW(1, 2, '{sad,glad}')::point3 AS c"
+    assert await run_steps(database18, step) == [
+        ("completed", '{"rows":[{"m":"glad","p":3,"c":{"x":1,"y":2,"m":["sad","glad"]}}],"row_count":1}')]
+    with Client(database18) as c:
+        async with running_worker(database18):
+            first = c.start(sql(step))
+            await ended(c, first)
+            c.execute("ALTER TYPE point3 ADD ATTRIBUTE z text")
+            second = c.start(sql("SELECT ROW(1, 2, '{}', 'new')::point3 AS c"))
+            assert await ended(c, second) == [
+                ("completed", '{"rows":[{"c":{"x":1,"y":2,"m":[],"z":"new"}}],"row_count":1}')]
+
+
+async def test_no_free_connection(database18: Database) -> None:
+    """Of one instance's branches the one that waits too long fails; whole instances queue up again instead."""
+    await install(database18)
+    with Client(database18) as c:
+        both = c.start(join(sql("SELECT pg_sleep(2)"), sql("SELECT pg_sleep(2)")))
+        async with running_worker(database18, max_user_connections=1, execution_acquire_timeout=0.3):
+            [(status, output)] = await ended(c, both)
+            assert status == "failed"
+            assert "pg_durable: connection limit reached (max_user_connections=1). Timed out after 0.3s waiting for " \
+                   "an available execution slot." in (output or "")
+            many = [c.start(sql("SELECT pg_sleep(0.5)")) for _ in range(4)]
+            assert {s for s, _ in await ended(c, *many)} == {"completed"}
+
+
+async def test_sessions_stay_within_their_budget(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        c.execute("CREATE TABLE seen (n int)")
+        step = "INSERT INTO seen SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dfproxy:step' " \
+               "AND datname = current_database()"
+        instances = [c.start(sql(step)) for _ in range(30)]
+        async with running_worker(database18, max_user_connections=3, idle_connection=0.2, lease=1.0):
+            await ended(c, *instances)
+            assert 1 <= c.one("SELECT max(n) FROM seen") <= 3
+            await until(lambda: c.one("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dfproxy:step' "
+                                      "AND datname = current_database()") == 0)
