@@ -49,6 +49,7 @@ class Leg(asyncio.Protocol):
         #: Done when the connection is gone.
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = False  # the other end has ended its direction
+        self._finished = False  # we have ended ours
 
     # --- what asyncio calls ---
 
@@ -101,8 +102,8 @@ class Leg(asyncio.Protocol):
             cast(asyncio.Transport, self._transport).resume_reading()
 
     def write(self, chunks: Sequence[bytes | memoryview]) -> None:
-        """Writes, or drops where the connection is already closing."""
-        if self._open:
+        """Writes, or drops where the connection is already closing or its direction has ended."""
+        if self._open and not self._finished:
             transport = cast(asyncio.Transport, self._transport)
             if len(chunks) == 1:
                 transport.write(chunks[0])
@@ -111,7 +112,8 @@ class Leg(asyncio.Protocol):
 
     def write_eof(self) -> None:
         """Ends this direction after what was written; the other one stays open."""
-        if self._open:
+        if self._open and not self._finished:
+            self._finished = True
             transport = cast(asyncio.Transport, self._transport)
             if transport.can_write_eof():
                 transport.write_eof()
