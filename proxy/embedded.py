@@ -97,13 +97,18 @@ class Cluster:
 
         Raises EmbeddedError if it exits with another status than 0 or takes more than `timeout` seconds.
         """
+        # All of root's groups go too: their rights would count in the place of those for others.
+        identity: dict[str, Any] = {}
+        if (owner := _owner()) is not None:
+            entry = pwd.getpwnam(owner)
+            identity = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
         # pg_ctl's child inherits the pipes, so that a pipe would never close: files instead.
         with tempfile.TemporaryFile("w+") as out:
             try:
                 done = subprocess.run(
                     [str(self.bin_dir / program), *args],
                     stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                    user=_owner(), cwd="/", timeout=timeout, check=False,
+                    cwd="/", timeout=timeout, check=False, **identity,
                 )
             except (subprocess.TimeoutExpired, OSError) as e:
                 raise EmbeddedError(f"{program}: {e}") from e

@@ -58,8 +58,12 @@ class Running:
         return self.out.read_text().split('psql "', 1)[1].split('"', 1)[0]
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Sends a signal and returns the exit status; what it said is shown where that is not 0."""
         self.process.send_signal(number)
-        return self.process.wait(30)
+        status = self.process.wait(30)
+        if status:
+            print(self.err.read_text(), file=sys.stderr)
+        return status
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -26,8 +28,12 @@ def cluster(home: Path) -> Cluster:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path
+def home() -> Iterator[Path]:
+    """An empty home. Not in pytest's folder: that is closed, again at each run, to the user that PostgreSQL runs as."""
+    with tempfile.TemporaryDirectory(prefix="dfproxy-home-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+        for data in Path(name).rglob("PG_VERSION"):
+            Cluster(data.parent, bin_dir(18)).stop("immediate")
 
 
 def run_workflow(uri: str, count: int) -> None:
