@@ -71,6 +71,7 @@ class ProxyServer:
         self._admitted: set[Session] = set()
         self._listener: asyncio.Server | None = None
         self._main: asyncio.Task[None] | None = None
+        self._port: int | None = None
         self._group: asyncio.TaskGroup | None = None
         self._stop = asyncio.Event()
         self._empty = asyncio.Event()
@@ -90,6 +91,7 @@ class ProxyServer:
             backlog=config.backlog,
             start_serving=False,
         )
+        self._port = int(self._listener.sockets[0].getsockname()[1])
         ready = asyncio.Event()
         self._main = asyncio.create_task(self._serve(ready), name="dfproxy-server")
         await ready.wait()
@@ -118,13 +120,17 @@ class ProxyServer:
                 session.dismiss()
         try:
             async with asyncio.timeout(self.config.drain_timeout):
-                while self._sessions:
-                    self._empty.clear()
-                    await self._empty.wait()
+                await self._until_empty()
         except TimeoutError:
             log.warning("cutting clients that did not finish in time", clients=len(self._sessions))
             for session in tuple(self._sessions):
                 session.abort()
+            await self._until_empty()
+
+    async def _until_empty(self) -> None:
+        while self._sessions:
+            self._empty.clear()
+            await self._empty.wait()
 
     async def __aenter__(self) -> ProxyServer:
         await self.start()
@@ -169,10 +175,10 @@ class ProxyServer:
 
     @property
     def port(self) -> int:
-        """The TCP port that it listens on."""
-        if self._listener is None or not self._listener.sockets:
-            raise RuntimeError("the proxy does not listen")
-        return int(self._listener.sockets[0].getsockname()[1])
+        """The TCP port that it listens, or did listen, on."""
+        if self._port is None:
+            raise RuntimeError("the proxy has not been started")
+        return self._port
 
     @property
     def clients(self) -> int:
