@@ -10,13 +10,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dsl import cron
 from dsl.dialect import names
 from dsl.surface import FUNCTIONS, Function
-
-try:
-    from dsl import cron as _cron
-except ImportError:  # pragma: no cover - the module is part of the package
-    _cron = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,42 +71,42 @@ def bind(name: str, given: list[tuple[str | None, bool]]) -> dict[int, str] | Fa
 
 def _bind_one(function: Function, given: list[tuple[str | None, bool]]) -> dict[int, str] | Fault:
     parameters = function.parameters
-    names = [p.name for p in parameters]
-    hint = f"It is {function}."
     bound: dict[int, str] = {}
-    taken: set[str] = set()
     named = False
     for index, (name, variadic) in enumerate(given):
         if name is None:
             if named:
-                return f"df.{function.name}: an argument without a name follows one with a name", hint, "42601"
+                return _misfit(function, "an argument without a name follows one with a name", "42601")
             if index < len(parameters) and not (variadic and not parameters[index].variadic):
-                target = names[index]
+                bound[index] = parameters[index].name
             elif parameters and parameters[-1].variadic and not variadic:
-                target = names[-1]
+                bound[index] = parameters[-1].name
             else:
-                return _count(function, len(given)), hint, "42883"
+                return _count(function, len(given))
         else:
             named = True
+            names = [p.name for p in parameters]
             if name not in names:
                 close = difflib.get_close_matches(name, names, n=1)
-                if close:
-                    hint = f'Did you mean "{close[0]}"? {hint}'
+                hint = (f'Did you mean "{close[0]}"? ' if close else "") + f"It is {function}."
                 return f'function df.{function.name} has no parameter "{name}"', hint, "42883"
-            if name in taken:
-                return f'df.{function.name}: parameter "{name}" is given more than once', hint, "42601"
-            target = name
-        taken.add(target)
-        bound[index] = target
-    missing = [p.name for p in parameters if p.default is None and p.name not in taken]
-    if missing:
-        if named:
-            return f'df.{function.name}: parameter "{missing[0]}" is missing', hint, "42883"
-        return _count(function, len(given)), hint, "42883"
+            if name in bound.values():
+                return _misfit(function, f'parameter "{name}" is given more than once', "42601")
+            bound[index] = name
+    taken = set(bound.values())
+    for parameter in parameters:
+        if parameter.default is None and parameter.name not in taken:
+            if named:
+                return _misfit(function, f'parameter "{parameter.name}" is missing', "42883")
+            return _count(function, len(given))
     return bound
 
 
-def _count(function: Function, given: int) -> str:
+def _misfit(function: Function, fault: str, sqlstate: str) -> Fault:
+    return f"df.{function.name}: {fault}", f"It is {function}.", sqlstate
+
+
+def _count(function: Function, given: int) -> Fault:
     least = sum(p.default is None for p in function.parameters)
     most = len(function.parameters)
     if function.parameters and function.parameters[-1].variadic:
@@ -118,7 +114,8 @@ def _count(function: Function, given: int) -> str:
     else:
         takes = str(least) if least == most else f"{least} to {most}"
     plural = "argument" if takes in ("1", "at least 1") else "arguments"
-    return f"function df.{function.name} takes {takes} {plural}, but {given} {'is' if given == 1 else 'are'} given"
+    message = f"function df.{function.name} takes {takes} {plural}, but {given} {'is' if given == 1 else 'are'} given"
+    return message, f"It is {function}.", "42883"
 
 
 def result_name(value: str) -> Fault | None:
@@ -133,10 +130,8 @@ def result_name(value: str) -> Fault | None:
 
 def schedule(expression: str, zone: str | None) -> Fault | None:
     """The constants of df.wait_for_schedule."""
-    if _cron is None:
-        return None
     try:
-        _cron.check(expression, zone)
+        cron.check(expression, zone)
     except ValueError as fault:
         return str(fault), None, _INVALID
     return None

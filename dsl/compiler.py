@@ -38,45 +38,41 @@ __all__ = ["CompileError", "CompileWarning", "Compiled", "compile_sql", "mention
 #: Bodies within bodies (DO in a function in DO ...) are looked into this deep: each level reads its text again.
 MAX_BODY_DEPTH = 24
 
-_MENTION = r"""(?:(?<![A-Za-z0-9_$])[dD][fF]"?[ \t\r\n\f\v]*\.|~>|[?!]>|\|=>|[pP][gG]_[dD][uU][rR][aA][bB][lL][eE])"""
-#: Prefix `@>`: nothing that could be its left operand stands before it. `data @> '{}'` must not match.
-_PREFIX_LOOP = (
-    r"(?:[(,=>\[;:&|~]|(?<![A-Za-z0-9_$])(?i:select|return|next|then|else|when|values|default|by|and|or|not|in|distinct"
-    r"|all|as|using|perform|assert|returning|set|on|where|having|case|if|elsif|while|begin|is|like))\s*\Z|\*/\s*\Z|\A\s*\Z"
+_DF_CALL = re.compile(rb'(?<![a-z0-9_$\x80-\xff])df"?[ \t\r\n\f\v]*\.')
+#: Prefix `@>`: nothing that could be its left operand stands before it. `data @> '{}'` must not count.
+_NO_OPERAND = b"(,=>[;:&|~/"
+_NO_OPERAND_WORD = re.compile(
+    rb"(?<![a-z0-9_$\x80-\xff])(?:select|return|next|then|else|when|values|default|by|and|or|not|in|distinct|all|as|using"
+    rb"|perform|assert|returning|set|on|where|having|case|if|elsif|while|begin|is|like)\Z"
 )
-_MENTION_BYTES = re.compile(_MENTION.encode())
-_MENTION_TEXT = re.compile(_MENTION)
-_LOOP_BYTES = re.compile(_PREFIX_LOOP.encode())
-_LOOP_TEXT = re.compile(_PREFIX_LOOP)
-_BEFORE_LOOP = 24
+_BEFORE_LOOP = 64
 
 
 def mentions_dsl(statement: bytes) -> bool:
     """Whether the statement may be ours: a byte search, run on every statement of every client.
 
     True too often costs a tokenisation, False is final. `&` and `|` alone never count: only calls of df functions
-    give them a meaning here.
+    give them a meaning here. Plain substring searches come first, for they are much faster than a pattern.
     """
-    if _MENTION_BYTES.search(statement) is not None:
+    if b"~>" in statement or b"?>" in statement or b"!>" in statement or b"|=>" in statement:
         return True
-    at = statement.find(b"@>")
+    lower = statement.lower()
+    if b"df" in lower and _DF_CALL.search(lower) is not None:
+        return True
+    if b"pg_durable" in lower:
+        return True
+    at = lower.find(b"@>")
     while at >= 0:
-        if _LOOP_BYTES.search(statement[max(0, at - _BEFORE_LOOP) : at]) is not None:
+        before = lower[max(0, at - _BEFORE_LOOP) : at].rstrip(b" \t\r\n\f\v")
+        if not before or before[-1] in _NO_OPERAND or _NO_OPERAND_WORD.search(before, max(0, len(before) - 12)):
             return True
-        at = statement.find(b"@>", at + 2)
+        at = lower.find(b"@>", at + 2)
     return False
 
 
 def _mentions(text: str) -> bool:
     """The same for text."""
-    if _MENTION_TEXT.search(text) is not None:
-        return True
-    at = text.find(LOOP)
-    while at >= 0:
-        if _LOOP_TEXT.search(text[max(0, at - _BEFORE_LOOP) : at]) is not None:
-            return True
-        at = text.find(LOOP, at + 2)
-    return False
+    return mentions_dsl(text.encode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +143,8 @@ _BREAK_OUTSIDE = (
     "Put the steps and the break inside df.loop(...) or @> (...).",
     "42601",
 )
+#: What is expected where an expression stands: nothing in particular; text, maybe a future's; a future.
+_ANY, _TEXT, _FUTURE = range(3)
 _LANGUAGES = {"sql": False, "plpgsql": True}
 
 
@@ -238,7 +236,7 @@ class _Fragment:
 
     def chain(self, chain: Chain, future: bool) -> None:
         """See `scanner.Listener`. Outer expressions decide what `&` in their parentheses means, so top-down first."""
-        todo = [(chain, future, False)]
+        todo = [(chain, _FUTURE if future else _ANY, False)]
         visited: list[Chain] = []
         while todo:
             part, expected, partial = todo.pop()
@@ -248,28 +246,33 @@ class _Fragment:
             for part in reversed(visited):
                 part.flow = self._chain_flow(part)
 
-    def _emit(self, chain: Chain, future: bool, partial_allowed: bool) -> list[tuple[Chain, bool, bool]]:
+    def _emit(self, chain: Chain, expected: int, partial_allowed: bool) -> list[tuple[Chain, int, bool]]:
         """Edits for one chain; what remains to be done for the expressions inside its operands."""
         operands = chain.operands
-        roles = self._roles(chain, future, partial_allowed)
-        inner: list[tuple[Chain, bool, bool]] = []
+        roles = self._roles(chain, expected, partial_allowed)
+        inner: list[tuple[Chain, int, bool]] = []
         unwrapped = self._unwrap_partial(chain, roles)
         for index, operand in enumerate(operands):
             role = roles[max(index - 1, 0)] if roles else None
-            loop = bool(operand.prefixes) and operand.prefixes[0] == (operand.first, True)
-            expects = loop or role is not None or (future and not roles)
-            takes = expects and operand.shape in (GROUP, CASED)
+            takes = _ANY
+            if operand.shape in (GROUP, CASED):
+                if role is not None or (operand.prefixes and operand.prefixes[0] == (operand.first, True)):
+                    takes = _FUTURE
+                elif not roles:
+                    takes = expected
+                elif (expected or any(roles)) and chain.ops[max(index - 1, 0)][2] == "||":
+                    takes = _TEXT
             if index or unwrapped is None:
                 inner += [(c, takes, False) for c in operand.inner]
         if unwrapped is not None:
-            inner.append((unwrapped, True, True))
+            inner.append((unwrapped, _FUTURE, True))
         for operand in operands:
             self._loops(operand)
         if any(roles):
             self._rewrite(chain, roles)
         return inner
 
-    def _roles(self, chain: Chain, future: bool, partial_allowed: bool) -> list[str | None]:
+    def _roles(self, chain: Chain, expected: int, partial_allowed: bool) -> list[str | None]:
         """For each operator of the chain, itself if it is ours, else None. Checks that `?>` and `!>` pair up."""
         operands = chain.operands
         roles: list[str | None] = []
@@ -280,7 +283,9 @@ class _Fragment:
             if symbol in DISTINCTIVE:
                 role = None if chain.nontext(index) else symbol
             elif symbol in ("&", "|"):
-                futures = future or chain.distinctive or left or operands[index + 1].yields_future
+                futures = expected == _FUTURE or chain.distinctive or left or operands[index + 1].yields_future
+                if expected == _TEXT and not futures:  # 'n = ' || (a & b) may well be about numbers
+                    futures = LITERAL in (operands[index].shape, operands[index + 1].shape)
                 role = symbol if futures and not chain.nontext(index) else None
             if pending is not None and role != "!>":
                 self._broken_if(chain, pending)
@@ -291,6 +296,11 @@ class _Fragment:
             roles.append(role)
         if pending is not None and not partial_allowed:
             self._broken_if(chain, pending)
+        # What stands left of an operator of ours is a future too: 'a' & 'b' & df.sql('c').
+        for index in range(len(roles) - 2, -1, -1):
+            symbol = chain.ops[index][2]
+            if roles[index + 1] is not None and symbol in ("&", "|") and not chain.nontext(index):
+                roles[index] = symbol
         return roles
 
     def _broken_if(self, chain: Chain, index: int) -> None:

@@ -526,6 +526,8 @@ class Scanner:
         tail = ANYTHING
         if frame.kind == PAREN:
             owner.close = index
+            if frame.open and self._words[frame.open - 1] in ("filter", "group"):
+                tail = CALL  # OVER may follow
             chain = self._end_chain(index)
             if chain is not None and not frame.impure:
                 owner.inner.append(chain)

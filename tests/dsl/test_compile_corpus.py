@@ -1,0 +1,141 @@
+"""The compiler, case by case: `corpus/*.txt` hold one case a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dsl.compiler import compile_sql, mentions_dsl
+
+CORPUS = Path(__file__).parent / "corpus"
+
+
+def lines(name: str) -> list[str]:
+    text = (CORPUS / name).read_text(encoding="utf-8").splitlines()
+    return [line.replace("⏎", "\n") for line in text if line and not line.startswith("#")]
+
+
+def cases(name: str) -> list[tuple[str, str]]:
+    return [(a, b.strip()) for a, _, b in (line.partition(" ==>") for line in lines(name))]
+
+
+@pytest.mark.parametrize(("source", "expected"), cases("compile.txt"))
+def test_compiles(source: str, expected: str) -> None:
+    compiled = compile_sql(source)
+    assert compiled is not None
+    assert compiled.error is None
+    assert compiled.warnings == ()
+    assert compiled.sql == expected
+    assert mentions_dsl(source.encode())
+    # What was compiled holds nothing that would be compiled again.
+    assert compile_sql(compiled.sql) is None
+
+
+@pytest.mark.parametrize("source", lines("untouched.txt"))
+def test_untouched(source: str) -> None:
+    assert compile_sql(source) is None
+
+
+def split_mark(source: str) -> tuple[str, int]:
+    position = source.find("¦") + 1
+    return source.replace("¦", ""), position
+
+
+@pytest.mark.parametrize(("marked", "expected"), cases("errors.txt"))
+def test_errors(marked: str, expected: str) -> None:
+    source, position = split_mark(marked)
+    compiled = compile_sql(source)
+    assert compiled is not None
+    assert compiled.error is not None
+    sqlstate, _, message = expected.partition(" ")
+    assert compiled.error.sqlstate == sqlstate
+    assert compiled.error.message.startswith(message)
+    assert compiled.error.position == position
+    assert f"dfproxy:position={position}'" in compiled.sql
+    assert compiled.source_position(1) == compiled.source_position(99) == position
+    assert mentions_dsl(source.encode())
+
+
+@pytest.mark.parametrize(("marked", "expected"), cases("warnings.txt"))
+def test_warnings(marked: str, expected: str) -> None:
+    source, position = split_mark(marked)
+    compiled = compile_sql(source)
+    assert compiled is not None or not expected
+    warnings = compiled.warnings if compiled is not None else ()
+    if not expected:
+        assert warnings == ()
+        return
+    message, _, hint = expected.partition(" ## ")
+    assert warnings[0].message.startswith(message)
+    assert hint in warnings[0].hint
+    assert warnings[0].position == position
+    assert compiled is not None
+    assert "duroxide.warning(" in compiled.sql
+    assert f", {position})" in compiled.sql
+
+
+@pytest.mark.parametrize(
+    ("statement", "expected"),
+    [
+        (b"SELECT 1", False),
+        (b"SELECT a & b | c", False),
+        (b"SELECT * FROM pdf.pages", False),
+        (b"SELECT adf.x", False),
+        (b"SELECT df FROM t", False),
+        (b"SELECT data @> '{}' FROM t WHERE (a) @> b AND f(x)@>y AND x[1] @> z AND \"q\" @> '1' AND c1 @> c2", False),
+        (b"SELECT brand @> 'x', randall\n@> y", False),
+        (b"", False),
+        (b"SELECT df.start('x')", True),
+        (b"select DF . start('x')", True),
+        (b'select "df"."start"(1)', True),
+        (b"select x from df.instances", True),
+        (b"SELECT 'a'~>'b'", True),
+        (b"SELECT @> 'b'", True),
+        (b"select\n@> 'b'", True),
+        (b"@> 'b'", True),
+        (b"SELECT f(@> 'b')", True),
+        (b"SELECT /* x */ @> 'b'", True),
+        (b"x := @> 'b'", True),
+        (b"CREATE EXTENSION PG_Durable", True),
+        ("SELECT 'ä' ~> 'ö'".encode("latin-1"), True),
+    ],
+)
+def test_byte_search(statement: bytes, expected: bool) -> None:
+    assert mentions_dsl(statement) is expected
+
+
+def test_extension_is_a_notice() -> None:
+    source = "SELECT 1;\nCREATE EXTENSION IF NOT EXISTS\n pg_durable\n WITH SCHEMA public CASCADE;\nSELECT df.start('a' ~> 'b')"
+    compiled = compile_sql(source)
+    assert compiled is not None
+    assert compiled.sql.startswith("SELECT 1;\nDO $dfproxy$ BEGIN IF")
+    assert compiled.sql.endswith("END $dfproxy$\n\n;\nSELECT df.start(df.seq('a', 'b'))")
+    assert compiled.sql.count("\n") == source.count("\n")
+
+
+def test_error_keeps_the_parameters() -> None:
+    compiled = compile_sql("SELECT df.start($3 ~> , $1)")
+    assert compiled is not None
+    assert compiled.sql == (
+        "SELECT duroxide.error('42601', 'nothing stands on the right of \"~>\"', NULL, NULL, 20), "
+        "$1::text, $2::text, $3::text"
+    )
+
+
+def test_error_text_fits_its_quotes() -> None:
+    compiled = compile_sql("SELECT df.as('a', '$dfproxy$ '' \\'), $dfproxy1$x$dfproxy1$")
+    assert compiled is not None
+    assert compiled.sql.startswith("DO $dfproxy2$ BEGIN RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE =  E'df.as: ")
+    assert "$dfproxy$ '' \\\\''" in compiled.sql
+
+
+def test_backslashes_without_conforming_strings() -> None:
+    source = r"SELECT df.start('a\'' ~> 'b')"
+    compiled = compile_sql(source, standard_conforming_strings=False)
+    assert compiled is not None
+    assert compiled.sql == r"SELECT df.start(df.seq('a\'', 'b'))"
+    assert compile_sql(source) is None  # here the literal does not end
+    compiled = compile_sql(r"DO 'BEGIN PERFORM \'a\' ~> ''b''; END'", standard_conforming_strings=False)
+    assert compiled is not None
+    assert compiled.sql == r"DO 'BEGIN PERFORM df.seq(\'a\', ''b''); END'"
