@@ -49,7 +49,7 @@ CREATE TABLE documents (
     processed boolean NOT NULL DEFAULT false
 );
 CREATE TABLE document_log (document_id int NOT NULL, words int NOT NULL, logged_at timestamptz NOT NULL DEFAULT now());
-CREATE TABLE report (title text, documents bigint, words bigint);
+CREATE TABLE report (documents bigint, words bigint);
 """
 
 WORKFLOW = f"""
@@ -59,9 +59,9 @@ SELECT df.start(
     ~> 'UPDATE documents SET words = length(to_tsvector(body)), processed = true WHERE id = ANY($batch)'
     ~> 'INSERT INTO document_log SELECT id, words FROM documents WHERE id = ANY($batch)',
     'SELECT EXISTS (SELECT FROM documents WHERE NOT processed)')
-  ~> ('SELECT count(*) AS documents FROM document_log' |=> 'all'
-      & 'SELECT sum(words) AS words FROM document_log' |=> 'sum')
-  ~> 'INSERT INTO report VALUES (''demo'', $all.documents, $sum.words)',
+  ~> (('SELECT count(*) AS documents FROM document_log' |=> 'all')
+      & ('SELECT sum(words) AS words FROM document_log' |=> 'sum'))
+  ~> 'INSERT INTO report VALUES ($all.documents, $sum.words)',
   'process-documents')
 """
 
@@ -167,7 +167,7 @@ def _run(console: Console, local: LocalServer, folder: Path, began: float) -> in
         console.print(f"dfproxy runs as process {served.process and served.process.pid} on port {served.port}.")
         load(uri)
         console.print(f"{DOCUMENTS:,} documents loaded through the proxy, with COPY. Now the workflow:")
-        console.print(WORKFLOW.strip(), style="cyan", highlight=False)
+        console.print(WORKFLOW.strip(), style="cyan", highlight=False, soft_wrap=True)
         with connect(uri) as c:
             instance = str(_value(c, WORKFLOW))
         follow(console, served, uri, instance)
@@ -232,11 +232,12 @@ def follow(console: Console, served: Served, uri: str, instance: str) -> None:
             if not killed and done >= KILL_AT * DOCUMENTS:
                 killed = True
                 pid = served.kill()
-                console.print(f"[bold red]kill -9[/] {pid}: proxy and engine are dead, {done:,} documents in.")
+                console.print(f"[bold red]kill -9[/] {pid}: proxy and engine are dead, {done:,} documents in.",
+                              soft_wrap=True)
                 served.start()
                 assert served.process is not None
-                console.print(f"Started again as process {served.process.pid}; nothing else is done. The dead worker's "
-                              f"lease ends in {LEASE:g} s, then the new one goes on.")
+                console.print(f"Started again as process {served.process.pid}, and nothing else. The dead worker's "
+                              f"lease ends within {LEASE:g} s, then the new one goes on.", soft_wrap=True)
             time.sleep(0.1)
     raise UserError("the demo's workflow did not end within two minutes")
 
