@@ -221,7 +221,8 @@ def follow(console: Console, served: Served, uri: str, instance: str) -> None:
             try:
                 done = int(str(_value(session, "SELECT count(*) FROM document_log")))
                 status = _value(session, "SELECT df.status(%s)", instance)
-                tree = Text(str(_value(session, "SELECT df.explain(%s)", instance)))
+                drawn = str(_value(session, "SELECT df.explain(%s)", instance))
+                tree = Text("\n".join(line.rstrip() for line in drawn.splitlines()))
             except psycopg.OperationalError:
                 session = stack.enter_context(connect(uri))
                 continue
@@ -236,14 +237,16 @@ def follow(console: Console, served: Served, uri: str, instance: str) -> None:
                               soft_wrap=True)
                 served.start()
                 assert served.process is not None
-                console.print(f"Started again as process {served.process.pid}, and nothing else. The dead worker's "
-                              f"lease ends within {LEASE:g} s, then the new one goes on.", soft_wrap=True)
+                console.print(f"Started again as process {served.process.pid}, and nothing else: the new worker takes over "
+                              "what the dead one held.", soft_wrap=True)
             time.sleep(0.1)
     raise UserError("the demo's workflow did not end within two minutes")
 
 
 def check(console: Console, uri: str, instance: str, began: float) -> int:
     """Prints what came out, and returns 0 only if it is exactly right."""
+    if not console.is_terminal:
+        console.print()  # the live display ends without a newline there
     with connect(uri) as c:
         facts = {
             "the workflow's status": (_value(c, "SELECT df.status(%s)", instance), "completed"),
