@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -18,15 +18,14 @@ from dsl.references import ESCAPED_REFERENCE, REFERENCE, Reference, Substitution
 MAX_QUOTE_DEPTH = 50
 
 _LETTER = r"A-Za-z_\x80-\U0010ffff"
-_TOKEN = re.compile(
-    rf"""(?P<space>\s+|--[^\r\n]*)
-    |(?P<comment>/\*)
-    |(?P<literal>(?:[EeBbXxNn]|[Uu]&)?')
-    |(?P<quoted>"[^"]*(?:""[^"]*)*"?)
-    |(?P<word>[{_LETTER}][{_LETTER}0-9]*)
-    |(?P<number>[0-9][{_LETTER}0-9.]*)
-    |(?P<dollar>\$)
-    |(?P<other>.)""", re.X | re.S)
+#: Where something may begin that is not plain code.
+_POINT = re.compile(r"[-/'\"$]")
+_LINE_COMMENT = re.compile(r"--[^\r\n]*")
+_QUOTED_NAME = re.compile(r'"[^"]*(?:""[^"]*)*"?')
+_PREFIX = re.compile(rf"(?<![{_LETTER}0-9])(?:[EeBbXxNn]|[Uu]&)\Z")
+_WORD = re.compile(rf"[{_LETTER}0-9]+\Z")
+#: Longer words mean nothing here.
+_LONGEST_WORD = 32
 _COMMENT_MARK = re.compile(r"/\*|\*/")
 _DOLLAR_QUOTE = re.compile(rf"\$(?:[{_LETTER}][{_LETTER}0-9]*)?\$")
 _DELIMITERS = re.compile(rf"(?=({_DOLLAR_QUOTE.pattern}))")
@@ -81,50 +80,61 @@ class _Scan:
         if depth > MAX_QUOTE_DEPTH:
             raise SubstitutionError(f"dollar quotes are nested more than {MAX_QUOTE_DEPTH} levels deep")
         out: list[str] = []
-        position, before = 0, _Before()
+        before = _Before()
         delimiters: dict[str, int] | None = None
-        while (token := _TOKEN.match(text, position)) is not None:
-            kind, end = token.lastgroup, token.end()
-            if kind == "comment":
-                end = _comment_end(text, end)
-            elif kind == "literal":
-                piece, end = self._literal(text, token)
-                out.append(piece)
-                position = end
+        done = position = 0  # what is written; where to look on
+        while (point := _POINT.search(text, position)) is not None:
+            start, mark = point.start(), point[0]
+            position = start + 1
+            if mark == "'":
+                before.push(text[done:start])
+                piece, end = self._literal(text, start, _prefix(text, start, done))
+                out += (text[done:start], piece)
                 before.push("'")
-                continue
-            elif kind == "dollar":
-                if before.glued != position:
+            elif mark == '"':
+                quoted = _QUOTED_NAME.match(text, start)
+                assert quoted is not None
+                before.push(text[done:start])
+                end = quoted.end()
+                out.append(text[done:end])
+                before.push('"')
+            elif mark in "-/":
+                line = _LINE_COMMENT.match(text, start)
+                if line is None and not text.startswith("/*", start):
+                    continue
+                before.push(text[done:start])
+                end = line.end() if line is not None else _comment_end(text, start + 2)
+                out.append(text[done:end])
+            else:
+                glued = start > done and _WORD.match(text[start - 1]) is not None
+                if not glued:
                     if delimiters is None:
-                        delimiters = {m[1]: m.start() for m in _DELIMITERS.finditer(text)}
-                    opening = _DOLLAR_QUOTE.match(text, position)
-                    if opening and delimiters.get(opening[0], -1) >= opening.end():
+                        delimiters = {m[1]: m.start() for m in _DELIMITERS.finditer(text, start)}
+                    opening = _DOLLAR_QUOTE.match(text, start)
+                    if opening and delimiters[opening[0]] >= opening.end():
                         closing = text.index(opening[0], opening.end())
                         body = text[opening.end():closing]
-                        out.append(_enclose(body, self.code(body, depth + 1), opening[0]))
-                        position = closing + len(opening[0])
-                        before.push("$$")
+                        before.push(text[done:start])
+                        out += (text[done:start], _enclose(body, self.code(body, depth + 1), opening[0]))
+                        done = position = closing + len(opening[0])
+                        before.push("$")
                         continue
-                reference = REFERENCE.match(text, position)
-                if reference and self.known(reference["name"]):
-                    end = reference.end()
-                    out.append(self._operand(text, reference, before))
-                    position = end
-                    before.push("x")
+                reference = REFERENCE.match(text, start)
+                if reference is None or not self.known(reference["name"]):
                     continue
-            if kind not in ("space", "comment"):
-                before.push(token[0])
-            if kind in ("word", "number"):
-                before.glued = end
-            out.append(text[position:end])
-            position = end
+                before.push(text[done:start])
+                end = reference.end()
+                out += (text[done:start], self._operand(text, reference, before, glued))
+                before.push("?")
+            done = position = end
+        out.append(text[done:])
         return "".join(out)
 
-    def _literal(self, text: str, opening: re.Match[str]) -> tuple[str, int]:
-        """A string literal with its continuations: its new text, and where it ends."""
-        escaped = opening[0][0] in "EeUu"
-        body = _ESCAPED_BODY if escaped and opening[0][0] in "Ee" else _PLAIN_BODY
-        out, position = [opening[0]], opening.end()
+    def _literal(self, text: str, start: int, prefix: str) -> tuple[str, int]:
+        """A string literal from its first quote on, with its continuations: its new text, and where it ends."""
+        escaped = prefix in ("E", "U")
+        body = _ESCAPED_BODY if prefix == "E" else _PLAIN_BODY
+        out, position = ["'"], start + 1
         while True:
             content = body.match(text, position)
             assert content is not None
@@ -150,19 +160,18 @@ class _Scan:
 
         return (ESCAPED_REFERENCE if escaped else REFERENCE).sub(replace, content)
 
-    def _operand(self, text: str, match: re.Match[str], before: _Before) -> str:
+    def _operand(self, text: str, match: re.Match[str], before: _Before, glued: bool) -> str:
         """A reference in code. What is inserted stays one operand, whatever its neighbours are."""
         start, end = match.span()
-        spot = Spot(Place.CODE, before.opens_list(text, end), self.bare)
-        glued = before.glued == start
-        if glued:  # `part_$n`
-            spot = Spot(Place.CODE, None, True)
+        last = before.last()
+        # Within a word, as in `part_$n`, only digits make sense.
+        spot = Spot(Place.CODE, None, True) if glued else Spot(Place.CODE, before.opens_list(text, end), self.bare)
         written = self.write(Reference.of(match), spot)
         if written == match[0]:
             return written
         quoted = written.startswith("'")
         cast = "::" in written and (quoted or written[0] not in "'(" or written.startswith("(-"))
-        if (cast and (_SUBSCRIPT.match(text, end) or before.last in _SIMPLE_AFTER)) or (quoted and before.last == "'"):
+        if (cast and (_SUBSCRIPT.match(text, end) or last in _SIMPLE_AFTER)) or (quoted and last == "'"):
             written = f"({written})"
         if quoted and start and (glued or text[start - 1] in "&'\"$"):
             written = " " + written  # E$n, U&$n must not become another kind of literal
@@ -171,27 +180,51 @@ class _Scan:
 
 
 class _Before:
-    """The last significant tokens, lower-case. `glued`: where the last word or number ends."""
+    """What stands before a point: the code without its comments; literals and the like as one character each."""
 
-    __slots__ = ("glued", "last", "second", "third")
+    __slots__ = ("pieces",)
 
     def __init__(self) -> None:
-        self.glued = -1
-        self.last = self.second = self.third = ""
+        self.pieces: list[str] = []
 
-    def push(self, token: str) -> None:
-        self.third, self.second = self.second, self.last
-        self.last = token.lower() if len(token) < 12 else token
+    def push(self, piece: str) -> None:
+        if piece:
+            self.pieces.append(piece)
+
+    def words(self) -> Iterator[str]:
+        """The tokens backwards, lower-case: words, and single other characters."""
+        for piece in reversed(self.pieces):
+            rest = piece.rstrip()
+            while rest:
+                word = _WORD.search(rest[-_LONGEST_WORD:])
+                token = word[0] if word else rest[-1]
+                yield token.lower()
+                rest = rest[:-len(token)].rstrip()
+
+    def last(self) -> str:
+        """The last token, or nothing."""
+        return next(self.words(), "")
 
     def opens_list(self, text: str, end: int) -> str | None:
         """Whether a reference that ends there is alone in the parentheses of IN, ANY, SOME or ALL."""
-        if self.last != "(" or not _CLOSES.match(text, end):
+        if self.last() != "(" or not _CLOSES.match(text, end):
             return None
-        if self.second == "in":
+        _, word, before = (*itertools.islice(self.words(), 3), "", "")[:3]
+        if word == "in":
             return "in"
-        if self.second in ("any", "some") or (self.second == "all" and self.third not in _SET_OPERATORS):
+        if word in ("any", "some") or (word == "all" and before not in _SET_OPERATORS):
             return "any"
         return None
+
+
+def _prefix(text: str, quote: int, done: int) -> str:
+    """What kind of literal begins at that quote: E, U, or any other; what ends before `done` is no part of it."""
+    match = _PREFIX.search(text[max(done, quote - 3):quote])
+    if match is None:
+        return ""
+    before = quote - len(match[0]) - 1
+    # In `a$e'...'` the e is part of the name.
+    return "" if before >= done and text[before] == "$" else match[0][0].upper()
 
 
 def _comment_end(text: str, position: int) -> int:

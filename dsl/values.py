@@ -113,7 +113,7 @@ class Result:
             return ResultKind.ROWS if isinstance(value.get("rows"), list) else ResultKind.OBJECT
         return ResultKind.TEXT if value is self.text else ResultKind.OTHER
 
-    @property
+    @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """The row objects of a ROWS result; what is not an object counts as a row without columns."""
         rows = self.value["rows"] if isinstance(self.value, dict) else []
