@@ -84,7 +84,7 @@ def test_postgresql_itself_is_killed() -> None:
     with (
         running_cluster(version, durable=True) as cluster,
         fresh_database(cluster, version) as database,
-        running_proxy(database.dsn(), "--lease", "3") as proxy,
+        running_proxy(database.dsn(), "--set", "lease=3") as proxy,
     ):
         through = Through(proxy, database)
         through.psql(script=SETUP)
@@ -106,7 +106,7 @@ def test_postgresql_itself_is_killed() -> None:
 def test_two_proxies_share_the_work_and_one_takes_over(through18: Through) -> None:
     database = through18.database
     through18.psql(script="CREATE TABLE hits (n int)")
-    second = Proxy(database.dsn(), "--lease", "2")
+    second = Proxy(database.dsn(), "--set", "lease=2")
     second.start()
     try:
         with through18.connect() as c:

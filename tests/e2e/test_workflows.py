@@ -10,6 +10,7 @@ import pg8000.native
 import psycopg
 import pytest
 import sqlalchemy
+import sqlalchemy.orm
 
 from tests.e2e.fix_dfproxy import Through
 
