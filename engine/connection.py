@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from proxy.wire import backend, build
 from proxy.wire.auth import AuthenticationError, ClientAuth
 from proxy.wire.backend import ColumnDescription
-from proxy.wire.frames import FrameParser, ProtocolError
+from proxy.wire.frames import PASS, WHOLE, Frame, FrameSplitter, ProtocolError
 from proxy.wire.messages import Backend, TransactionStatus
 
 
@@ -159,17 +159,26 @@ _SYNC = build.sync()
 _RESET = build.query(RESET)
 _ROLLBACK = build.query("ROLLBACK")
 _CHECKPOINT = build.parse("", CHECKPOINT, CHECKPOINT_TYPES)
+_RUN = build.bind("", "") + build.describe_portal("") + build.execute("")
+_EXECUTE = build.execute("")
 
-_IN_TRANSACTION = TransactionStatus.IN_TRANSACTION
-_IDLE = TransactionStatus.IDLE
-_PARSE_COMPLETE = int(Backend.PARSE_COMPLETE)
-_BIND_COMPLETE = int(Backend.BIND_COMPLETE)
+_IN_TRANSACTION = int(TransactionStatus.IN_TRANSACTION)
+_IDLE = int(TransactionStatus.IDLE)
 _COMMAND_COMPLETE = int(Backend.COMMAND_COMPLETE)
 _DATA_ROW = int(Backend.DATA_ROW)
 _READY = int(Backend.READY_FOR_QUERY)
 _ROW_DESCRIPTION = int(Backend.ROW_DESCRIPTION)
 _NO_DATA = int(Backend.NO_DATA)
 _ERROR = int(Backend.ERROR_RESPONSE)
+
+
+_NO_COPY = ("COPY from STDIN and to STDOUT need a client; a step has none", "0A000")
+#: What a session looks at; everything else (ParseComplete, notices, notifications…) is skipped unread.
+_LOOK_AT = (
+    Backend.COMMAND_COMPLETE, Backend.DATA_ROW, Backend.READY_FOR_QUERY, Backend.ROW_DESCRIPTION, Backend.NO_DATA,
+    Backend.ERROR_RESPONSE, Backend.PARAMETER_STATUS, Backend.EMPTY_QUERY_RESPONSE, Backend.COPY_IN_RESPONSE,
+    Backend.COPY_OUT_RESPONSE, Backend.AUTHENTICATION, Backend.BACKEND_KEY_DATA,
+)
 
 
 class _Exchange:
@@ -205,7 +214,11 @@ class StepConnection(asyncio.Protocol):
         self.address: tuple[str, int] = target.hosts[0]
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._parser = FrameParser(max_bytes + 65536)
+        self._modes = bytearray(256)
+        for type_ in _LOOK_AT:
+            self._modes[type_] = WHOLE
+        self._splitter = FrameSplitter(self._modes, max_length=max_bytes + 65536)
+        self._role: tuple[str, bytes] = ("", b"")
         self._exchanges: deque[_Exchange] = deque()
         self._auth = ClientAuth(target.user, target.password)
         self._started: asyncio.Future[None] = self._loop.create_future()
@@ -289,11 +302,12 @@ class StepConnection(asyncio.Protocol):
         """
         if self._reset_fault is not None:
             raise ConnectionLostError(f"the session could not be reset: {self._reset_fault}")
-        parts = [_BEGIN]
+        role = b""
         if role_sql is not None:
-            parts.append(_statement(f"SET LOCAL ROLE {role_sql}"))
-        parts += [self._step(sql), _CONSTRAINTS, _SYNC]
-        exchange = await self._exchange(parts)
+            if self._role[0] != role_sql:
+                self._role = (role_sql, _statement(f"SET LOCAL ROLE {role_sql}"))
+            role = self._role[1]
+        exchange = await self._exchange([_BEGIN, role, build.parse("", sql), _RUN, _CONSTRAINTS, _SYNC])
         # Only known now: the answer to the reset came before the answers to this.
         if self._reset_fault is not None:
             raise ConnectionLostError(f"the session could not be reset: {self._reset_fault}")
@@ -309,7 +323,7 @@ class StepConnection(asyncio.Protocol):
         Raises ServerError (rolled back, if `rollback` follows), or ConnectionLostError: then nobody knows.
         """
         values = [None if a is None else a.encode() for a in arguments]
-        parts = [_LEAVE_ROLE, _CHECKPOINT, build.bind("", "", values), build.execute(""), _COMMIT, _SYNC]
+        parts = [_LEAVE_ROLE, _CHECKPOINT, build.bind("", "", values), _EXECUTE, _COMMIT, _SYNC]
         await self._commit(parts)
 
     async def commit(self) -> None:
@@ -331,7 +345,7 @@ class StepConnection(asyncio.Protocol):
         if role_sql is not None:
             # By itself, and checked: the statement must not run as the login if this fails.
             await self.execute(f"SET ROLE {role_sql}")
-        exchange = await self._exchange([self._step(sql), _SYNC], resync=True)
+        exchange = await self._exchange([build.parse("", sql), _RUN, _SYNC], resync=True)
         self._send_reset()
         return self._result(exchange)
 
@@ -410,13 +424,9 @@ class StepConnection(asyncio.Protocol):
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _step(sql: str) -> bytes:
-        return build.parse("", sql) + build.bind("", "") + build.describe_portal("") + build.execute("")
-
     def _result(self, exchange: _Exchange) -> StepResult:
         if exchange.copy:
-            raise StepRefusedError("COPY from STDIN and to STDOUT need a client; a step has none", "0A000")
+            raise StepRefusedError(*_NO_COPY)
         if exchange.error is not None:
             raise exchange.error
         if self.parameters.get("client_encoding", "UTF8") != "UTF8":
@@ -427,15 +437,25 @@ class StepConnection(asyncio.Protocol):
         if self.closed or self._transport is None:
             raise self._lost()
         exchange = _Exchange(self._loop.create_future(), resync=resync)
-        self._exchanges.append(exchange)
+        self._enqueue(exchange)
         self._transport.write(b"".join(parts))
         return exchange
 
     def _send_reset(self) -> None:
         if self.closed or self._transport is None:
             return
-        self._exchanges.append(_Exchange(None))
+        self._enqueue(_Exchange(None))
         self._transport.write(_RESET)
+
+    def _enqueue(self, exchange: _Exchange) -> None:
+        self._exchanges.append(exchange)
+        if len(self._exchanges) == 1:
+            self._attend(exchange)
+
+    def _attend(self, exchange: _Exchange) -> None:
+        """Nobody reads what a reset's statements answer, unless it is an error."""
+        mode = PASS if exchange.future is None else WHOLE
+        self._modes[_COMMAND_COMPLETE] = self._modes[_DATA_ROW] = self._modes[_ROW_DESCRIPTION] = mode
 
     async def _wait(self, exchange: _Exchange) -> None:
         assert exchange.future is not None
@@ -464,9 +484,11 @@ class StepConnection(asyncio.Protocol):
         if self._tls_answer is not None and not self._tls_answer.done():
             self._tls_answer.set_exception(lost)
         while self._exchanges:
-            future = self._exchanges.popleft().future
+            exchange = self._exchanges.popleft()
+            future = exchange.future
             if future is not None and not future.done():
-                future.set_exception(lost)
+                # Servers end a session that sends statements where they expect COPY's data.
+                future.set_exception(StepRefusedError(*_NO_COPY) if exchange.copy else lost)
                 future.exception()
 
     def data_received(self, data: bytes) -> None:
@@ -474,14 +496,14 @@ class StepConnection(asyncio.Protocol):
             # Anything behind the one byte was not protected by the handshake (CVE-2021-23222).
             self._tls_answer.set_result(bytes(data))
             return
-        parser = self._parser
-        parser.feed(data)
         try:
-            while (frame := parser.next_frame()) is not None:
+            for item in self._splitter.feed(data):
+                if type(item) is not Frame:
+                    continue
                 if self._started.done():
-                    self._receive(*frame)
+                    self._receive(item[0], item[1])
                 else:
-                    self._receive_startup(*frame)
+                    self._receive_startup(item[0], item[1])
         except ProtocolError as e:
             self._fail(e)
         except AuthenticationError as e:
@@ -519,8 +541,6 @@ class StepConnection(asyncio.Protocol):
                 pass
 
     def _receive(self, type_: int, payload: bytes) -> None:
-        if type_ in (_PARSE_COMPLETE, _BIND_COMPLETE):
-            return
         exchange = self._exchanges[0] if self._exchanges else None
         if type_ == _ERROR:
             error = ServerError(backend.error_fields(payload))
@@ -545,6 +565,8 @@ class StepConnection(asyncio.Protocol):
                 self._receive_row(exchange, payload)
         elif type_ == _READY:
             self._exchanges.popleft()
+            if self._exchanges:
+                self._attend(self._exchanges[0])
             self.status = exchange.status = backend.transaction_status(payload)
             if exchange.future is None:
                 if exchange.error is not None or exchange.status != _IDLE:

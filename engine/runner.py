@@ -1,8 +1,8 @@
 """Runs one SQL step: a slot in the budget, a session as the right role, the statement, its result as JSON text.
 
 A step ends in one of the outcomes below. `Ready` still holds its session with the transaction open: whoever gets it
-must commit it, or end its lease. Faults of the infrastructure are retried here and never reach the workflow; nothing was
-committed when they happen. Cancelling the task that runs a step cancels the statement on the server.
+must commit it, or end its lease. Faults of the infrastructure are retried here and never reach the workflow; nothing
+was committed when they happen. Cancelling the task that runs a step cancels the statement on the server.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -162,26 +161,22 @@ class SessionPool:
         """The home database's name."""
         return self._target.database
 
-    @asynccontextmanager
-    async def slot(self) -> AsyncIterator[None]:
-        """Waits for a place in the budget. Raises TimeoutError. The place is given back unless the body succeeds."""
-        async with asyncio.timeout(self._settings.execution_acquire_timeout):
-            await self._slots.acquire()
+    async def take_slot(self) -> None:
+        """Waits for a place in the budget. Raises TimeoutError. A `lease` takes it over; otherwise `free_slot`."""
+        if self._slots.locked():
+            async with asyncio.timeout(self._settings.execution_acquire_timeout):
+                await self._slots.acquire()
+        else:
+            await self._slots.acquire()  # does not wait
         self._in_use += 1
-        handed = False
-        try:
-            yield
-            handed = True
-        finally:
-            if not handed:
-                self._free_slot()
 
-    def _free_slot(self) -> None:
+    def free_slot(self) -> None:
+        """Gives a place back that no lease has taken over."""
         self._in_use -= 1
         self._slots.release()
 
     async def lease(self, identity: Identity, database: str | None) -> SessionLease:
-        """A session, within a `slot`. Raises what StepConnection.connect raises, and IdentityError."""
+        """A session for a slot that was taken. Raises what StepConnection.connect raises, and IdentityError."""
         key = (identity, database)
         idle = self._idle.get(key)
         while idle:
@@ -232,6 +227,7 @@ class SessionPool:
             "IntervalStyle": "iso_8601",
             "bytea_output": "hex",
             "extra_float_digits": "2",
+            "standard_conforming_strings": "on",  # what dsl.literals writes is safe only so
             "df.in_workflow": "true",
             "idle_in_transaction_session_timeout": str(int(self._settings.lease * 1000)),
             _CHECK_INTERVAL: "2000",
@@ -242,7 +238,7 @@ class SessionPool:
 
     def put_back(self, lease: SessionLease) -> None:
         """Takes a session out of use."""
-        self._free_slot()
+        self.free_slot()
         connection = lease.connection
         if not connection.usable:
             connection.abort()
@@ -329,19 +325,22 @@ class Runner:
 
     async def _attempt(self, job: Job, sql: str, started: datetime, *, outside: bool) -> Outcome:
         try:
-            async with self.pool.slot():
-                try:
-                    identity = await self._identities.resolve(job.submitted_by, job.instance_id, job.database)
-                    lease = await self._connect(identity, job.database)
-                except IdentityError as e:
-                    raise _FailedError(StepError(str(e), e.sqlstate, None, e.hint)) from e
-        except _FailedError as e:
-            return Failed(started, e.error)
+            await self.pool.take_slot()
         except TimeoutError:
             limit, wait = self._settings.max_user_connections, self._settings.execution_acquire_timeout
             return NoSlot(started, StepError(
                 f"pg_durable: connection limit reached (max_user_connections={limit}). "
                 f"Timed out after {wait:g}s waiting for an available execution slot.", "53300"))
+        try:
+            identity = await self._identities.resolve(job.submitted_by, job.instance_id, job.database)
+            lease = await self._connect(identity, job.database)
+        except BaseException as e:
+            self.pool.free_slot()
+            if isinstance(e, IdentityError):
+                return Failed(started, StepError(str(e), e.sqlstate, None, e.hint))
+            if isinstance(e, _FailedError):
+                return Failed(started, e.error)
+            raise
         try:
             if outside or job.database is not None:
                 return await self._at_least_once(job, sql, started, identity, lease, outside=outside)
@@ -490,7 +489,7 @@ class _OutsideError(Exception):
 
 
 class _FailedError(Exception):
-    """Carries a step's error out of the slot's context, which gives the slot back."""
+    """A step's error, found before its statement ran."""
 
     def __init__(self, error: StepError) -> None:
         super().__init__(error.message)

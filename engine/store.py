@@ -142,6 +142,10 @@ RETURNING token::text
 """
 
 
+#: json.dumps would make a new encoder at every call.
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _error_json(error: StepError | None) -> dict[str, Any] | None:
     if error is None:
         return None
@@ -196,13 +200,13 @@ def checkpoint_arguments(instance_id: str, token: str, changes: Changes, *, big:
     return [
         instance_id,
         token,
-        json.dumps(rows, ensure_ascii=False, separators=(",", ":")),
+        _to_json(rows),
         result,
         "{" + ",".join(map(str, changes.consumed)) + "}" if changes.consumed else None,
         _text_array(changes.prune) if changes.prune else None,
-        json.dumps([list(key) for key in changes.keep]) if changes.keep else None,
+        _to_json([list(key) for key in changes.keep]) if changes.keep else None,
         park,
-        None if finish is None else json.dumps(finish, ensure_ascii=False, separators=(",", ":")),
+        None if finish is None else _to_json(finish),
     ]
 
 

@@ -19,7 +19,8 @@ from engine.worker import Worker
 from tests.engine.fix_graphs import Tree, flatten
 from tests.fix_postgres import Database
 
-END = ("completed", "failed", "cancelled")
+#: Workers in this process: told of every start, as the proxy tells its worker.
+_workers: set[Worker] = set()
 
 
 async def install(database: Database) -> None:
@@ -36,11 +37,13 @@ def settings(database: Database, **changes: Any) -> EngineSettings:
 async def running_worker(database: Database, **changes: Any) -> AsyncIterator[Worker]:
     """A worker in this process, ended by a clean stop."""
     worker = Worker(settings(database, **changes))
+    _workers.add(worker)
     async with asyncio.TaskGroup() as group:
         task = group.create_task(worker.run())
         try:
             yield worker
         finally:
+            _workers.discard(worker)
             await worker.stop(5)
             await task
 
@@ -72,6 +75,8 @@ class Client:
         found: str = self.one(
             "INSERT INTO duroxide.instances (id, label, graph, database) "
             "VALUES (substr(md5(random()::text), 1, 8), %s, %s, %s) RETURNING id", label, json.dumps(graph), database)
+        for worker in _workers:
+            worker.wake()
         return found
 
     def status(self, instance: str) -> str:
