@@ -237,8 +237,8 @@ def follow(console: Console, served: Served, uri: str, instance: str) -> None:
                               soft_wrap=True)
                 served.start()
                 assert served.process is not None
-                console.print(f"Started again as process {served.process.pid}, and nothing else: the new worker takes over "
-                              "what the dead one held.", soft_wrap=True)
+                console.print(f"Started again as process {served.process.pid}, and nothing else: the new worker takes "
+                              "over what the dead one held.", soft_wrap=True)
             time.sleep(0.1)
     raise UserError("the demo's workflow did not end within two minutes")
 
