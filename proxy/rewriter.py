@@ -23,7 +23,7 @@ INLINE_LIMIT: Final = 32 * 1024
 CACHE_LIMIT: Final = 8 * 1024
 #: The search holds the interpreter while it runs, so a large statement is searched in pieces. They overlap by more than
 #: anything that the search looks for can be long, save white space that nobody writes.
-_WINDOW: Final = 1024 * 1024
+_WINDOW: Final = 128 * 1024
 _OVERLAP: Final = 4096
 
 
