@@ -149,7 +149,10 @@ BEGIN
 
     FOR i IN REVERSE v_count .. 1 LOOP
         a_at[i] := CASE WHEN a_fresh[i] THEN h_at[i] END;
-        IF a_fresh[i] AND h_event[i] = 'failed' THEN
+        IF a_fresh[i] AND h_event[i] = 'failed' AND v_instance.status = 'cancelled'
+            AND h_error[i]->>'message' = v_instance.output THEN
+            CONTINUE;    -- cut off, not failed: pass 3 says so of it and of all above it, in the same words
+        ELSIF a_fresh[i] AND h_event[i] = 'failed' THEN
             a_outcome[i] := 'failed';
             a_message[i] := h_error[i]->>'message';
             a_cause[i] := i;
