@@ -112,11 +112,12 @@ def test_two_proxies_share_the_work_and_one_takes_over(through18: Through) -> No
         with through18.connect() as c:
             ids = [r[0] for r in c.execute("""
                 SELECT df.start('INSERT INTO hits VALUES (' || n || ')' ~> 'SELECT pg_sleep(0.3)'
-                                ~> 'INSERT INTO hits VALUES (' || n + 1000 || ')') FROM generate_series(1, 30) n""").fetchall()]
+                                ~> ('INSERT INTO hits VALUES (' || n + 1000 || ')')) FROM generate_series(1, 30) n""").fetchall()]
             time.sleep(0.4)
             second.kill()
             for instance in ids:
-                assert run_to_end(database.dsn(), instance) == "completed"
+                assert run_to_end(database.dsn(), instance) == "completed", \
+                    c.execute("SELECT df.error(%s)", (instance,)).fetchone()
             assert c.execute("SELECT count(*), count(DISTINCT n) FROM hits").fetchone() == (60, 60)
     finally:
         if second.process is not None and second.process.poll() is None:
