@@ -29,6 +29,9 @@ CREATE TABLE duroxide.migrations (
     applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
 )
 """
+#: What df.explain draws with, for databases whose encoding lacks it.
+_PLAIN = str.maketrans({"✓": "+", "✗": "x", "⏳": "~", "○": "o", "⊘": "-", "→": ">", "║": "|", "├": "|", "└": "`", "─": "-",
+                        "│": "|", "↻": "@", "—": "-"})
 #: By catalog, since neither USAGE nor SELECT may be granted to who asks.
 _INSTALLED = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -128,6 +131,7 @@ async def migrate(dsn: str) -> MigrationResult:
     conn = await asyncpg.connect(dsn, statement_cache_size=0)
     try:
         await _check_server(conn)
+        unicode = await conn.fetchval("SELECT current_setting('server_encoding') = 'UTF8'")
         known = migrations()
         applied: list[int] = []
         installed = False
@@ -147,7 +151,7 @@ async def migrate(dsn: str) -> MigrationResult:
                     await conn.execute(_STAMP, metadata.version("dfproxy"))
                     return MigrationResult(known[-1].version, tuple(applied), installed)
                 step = todo[0]
-                await conn.execute(step.sql)
+                await conn.execute(step.sql if unicode else step.sql.translate(_PLAIN))
                 await conn.execute("INSERT INTO duroxide.migrations (version, name, checksum) VALUES ($1, $2, $3)",
                                    step.version, step.name, step.checksum)
             applied.append(step.version)

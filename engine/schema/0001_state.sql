@@ -206,7 +206,9 @@ AS $$
         SELECT d.instance_id FROM due d UNION SELECT c.instance_id FROM called c LIMIT p_limit
     ), seen AS (
         UPDATE duroxide.signals s SET seen = true
-         WHERE NOT s.seen AND s.instance_id IN (SELECT t.instance_id FROM taken t)
+         WHERE s.seq IN (SELECT n.seq FROM duroxide.signals n
+                          WHERE NOT n.seen AND n.instance_id IN (SELECT t.instance_id FROM taken t)
+                            FOR UPDATE SKIP LOCKED)
     )
     UPDATE duroxide.queue q
        SET owner = p_worker, token = gen_random_uuid(), claims = q.claims + 1,
@@ -216,15 +218,17 @@ AS $$
     RETURNING q.instance_id, q.token, q.claims = 1, q.crashes
 $$;
 
--- New inbox entries of instances that this worker holds; marks them seen.
+-- New inbox entries of instances that this worker holds; marks them seen. Like claim, it passes by what a caller's open
+-- transaction has locked (a delete), which must not hold up the worker.
 CREATE FUNCTION duroxide.inbox(p_worker uuid)
 RETURNS TABLE (seq bigint, instance_id text, kind text, name text, data text)
 LANGUAGE sql
 SET search_path = pg_catalog, pg_temp
 AS $$
     UPDATE duroxide.signals s SET seen = true
-      FROM duroxide.queue q
-     WHERE NOT s.seen AND q.instance_id = s.instance_id AND q.owner = p_worker
+     WHERE s.seq IN (SELECT n.seq FROM duroxide.signals n JOIN duroxide.queue q ON q.instance_id = n.instance_id
+                      WHERE NOT n.seen AND q.owner = p_worker
+                        FOR UPDATE OF n SKIP LOCKED)
     RETURNING s.seq, s.instance_id, s.kind, s.name, s.data
 $$;
 
