@@ -161,6 +161,14 @@ def _partial_within(operand: Operand) -> tuple[Chain, list[Operand]] | None:
     return None
 
 
+def _foreign(chain: Chain) -> bool:
+    """Whether half a condition is all that makes the chain look like ours: others have a `?>` too (RDKit has)."""
+    found = [symbol for _, _, symbol in chain.ops if symbol in DISTINCTIVE]
+    if len(found) != 1 or found[0] not in ("?>", "!>"):
+        return False
+    return not any(o.yields_future for o in chain.operands) and _partial_within(chain.operands[0]) is None
+
+
 class _Fragment:
     """One text: a statement string, a routine's body, or the literal of df.explain. Listens to the scanner."""
 
@@ -276,6 +284,8 @@ class _Fragment:
         """For each operator of the chain, itself if it is ours, else None. Checks that `?>` and `!>` pair up."""
         operands = chain.operands
         roles: list[str | None] = []
+        if expected == _ANY and _foreign(chain):
+            return [None] * len(chain.ops)
         left = operands[0].yields_future
         pending: int | None = None
         for index, (token, _, symbol) in enumerate(chain.ops):
