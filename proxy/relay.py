@@ -7,11 +7,17 @@ bytes on their way is the business of the two pumps that it is given (proxy/sess
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Sequence
 from enum import IntFlag
 from typing import cast
 
+import structlog
+
 from proxy.upstream import tune
+from proxy.wire.tls import TlsStream
+
+log = structlog.get_logger("dfproxy.relay")
 
 #: Bytes that may wait to be written to a leg before the other one is no longer read.
 DEFAULT_HIGH_WATER = 256 * 1024
@@ -24,6 +30,7 @@ class Hold(IntFlag):
     PEER_FULL = 1  #: the other leg's write buffer is full
     BUSY = 2  #: what was read is still being worked on
     STARTUP = 4  #: the other leg is not there yet
+    SECURED = 8  #: the TLS handshake is over, and its outcome is yet to be looked at
 
 
 def _ignore_data(data: bytes) -> None:
@@ -50,6 +57,8 @@ class Leg(asyncio.Protocol):
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.ended = False  # the other end has ended its direction
         self._finished = False  # we have ended ours
+        self.tls: TlsStream | None = None
+        self._handshake: asyncio.Future[None] | None = None
 
     # --- what asyncio calls ---
 
@@ -61,14 +70,27 @@ class Leg(asyncio.Protocol):
             self._transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
-        self.on_data(data)
+        if self.tls is None:
+            self.on_data(data)
+        else:
+            self.tls.feed(data)
+            self._decrypt(self.tls)
 
     def eof_received(self) -> bool:
-        self.ended = True
-        self.on_eof()
+        if self._handshake is not None and not self._handshake.done():
+            self._handshake.set_exception(ConnectionResetError("the connection ended during the TLS handshake"))
+        self._end()
         return True  # half-open: what is on its way to this leg is still delivered
 
+    def _end(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self.on_eof()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._handshake is not None and not self._handshake.done():
+            self._handshake.set_exception(
+                exc or ConnectionResetError("the connection was closed during the TLS handshake"))
         if not self.lost.done():
             self.lost.set_result(None)
         self.on_lost()
@@ -78,6 +100,62 @@ class Leg(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.on_drained()
+
+    # --- TLS ---
+
+    async def secure(
+        self, context: ssl.SSLContext, *, server_side: bool, server_hostname: str | None = None, received: bytes = b""
+    ) -> TlsStream:
+        """Starts TLS and returns when the handshake is over; `received` is what was read of it already.
+
+        Nothing is handed on before `release(Hold.SECURED)`, so that the caller can look at the outcome. Raises
+        ssl.SSLError or ConnectionError where the handshake fails; the leg can only be closed then.
+        """
+        if not self._open:
+            raise ConnectionResetError("the connection was closed before the TLS handshake")
+        self._handshake = asyncio.get_running_loop().create_future()
+        self.tls = TlsStream(context, server_side=server_side, server_hostname=server_hostname)
+        self.tls.feed(received)
+        self._decrypt(self.tls)
+        await self._handshake
+        return self.tls
+
+    def _decrypt(self, tls: TlsStream) -> None:
+        """Goes on with what was fed: the handshake, or data for the owner."""
+        try:
+            if not tls.established:
+                assert self._handshake is not None
+                done = tls.handshake()
+                self._send_ciphertext(tls)
+                if done and not self._handshake.done():
+                    self.hold(Hold.SECURED)
+                    self._handshake.set_result(None)
+            if not tls.established or self._holds & Hold.SECURED:
+                return
+            plain = tls.read()
+            # Reading may have made something to be sent: an answer to a key update, an alert.
+            self._send_ciphertext(tls)
+        except ssl.SSLError as e:
+            self._send_ciphertext(tls)
+            self._broken(e)
+            return
+        if plain:
+            self.on_data(plain)
+        if tls.ended:
+            self._end()
+
+    def _broken(self, error: ssl.SSLError) -> None:
+        if self._handshake is not None and not self._handshake.done():
+            self._handshake.set_exception(error)
+            return
+        log.info("a TLS connection broke", peer=self.peer, reason=error.reason or str(error))
+        self.on_eof()
+        self.close()
+
+    def _send_ciphertext(self, tls: TlsStream) -> None:
+        data = tls.outgoing()
+        if data and self._open:
+            cast(asyncio.Transport, self._transport).write(data)
 
     # --- what the owner calls ---
 
@@ -98,22 +176,39 @@ class Leg(asyncio.Protocol):
         if not self._holds & reason:
             return
         self._holds &= ~reason
+        if reason is Hold.SECURED and self.tls is not None:
+            self._decrypt(self.tls)  # what came together with the end of the handshake
         if not self._holds and self._open:
             cast(asyncio.Transport, self._transport).resume_reading()
 
     def write(self, chunks: Sequence[bytes | memoryview]) -> None:
-        """Writes, or drops where the connection is already closing or its direction has ended."""
-        if self._open and not self._finished:
-            transport = cast(asyncio.Transport, self._transport)
-            if len(chunks) == 1:
-                transport.write(chunks[0])
-            else:
-                transport.writelines(chunks)
+        """Writes, or drops where the connection closes, its direction has ended, or a TLS handshake is under way."""
+        if not self._open or self._finished:
+            return
+        if self.tls is not None:
+            if self.tls.established:
+                self._write_encrypted(self.tls, chunks)
+            return
+        transport = cast(asyncio.Transport, self._transport)
+        if len(chunks) == 1:
+            transport.write(chunks[0])
+        else:
+            transport.writelines(chunks)
+
+    def _write_encrypted(self, tls: TlsStream, chunks: Sequence[bytes | memoryview]) -> None:
+        try:
+            tls.write(chunks)
+        except ssl.SSLError as e:
+            self._broken(e)
+        self._send_ciphertext(tls)
 
     def write_eof(self) -> None:
         """Ends this direction after what was written; the other one stays open."""
         if self._open and not self._finished:
             self._finished = True
+            if self.tls is not None:
+                self._close_notify()
+                return
             transport = cast(asyncio.Transport, self._transport)
             if transport.can_write_eof():
                 transport.write_eof()
@@ -121,7 +216,23 @@ class Leg(asyncio.Protocol):
     def close(self) -> None:
         """Closes after what was written has been delivered."""
         if self._transport is not None:
+            self._close_notify()
             self._transport.close()
+
+    def _close_notify(self) -> None:
+        """Tells the other end, by TLS, that this was all; it could be cut short by anybody otherwise."""
+        if self.tls is None or not self.tls.established or not self._open:
+            return
+        try:
+            self.tls.write_eof()
+        except ssl.SSLError as e:
+            log.debug("a TLS connection can't be ended properly", peer=self.peer, reason=e.reason or str(e))
+        self._send_ciphertext(self.tls)
+
+    def forget(self) -> None:
+        """Takes all `on_…` callables away."""
+        self.on_data = _ignore_data
+        self.on_eof = self.on_lost = self.on_full = self.on_drained = _ignore
 
     def abort(self) -> None:
         """Closes at once."""

@@ -10,10 +10,13 @@ from typing import Final
 
 import structlog
 
+from proxy.authentication import AuthMode
 from proxy.relay import Leg
 from proxy.rewriter import Rewriter
 from proxy.session import Key, Limits, Session
+from proxy.tls import ServerTls, ServerTlsFiles, UpstreamTls
 from proxy.upstream import Address, Upstream
+from proxy.wire.tls_options import TlsConfigError
 
 log = structlog.get_logger("dfproxy.server")
 
@@ -26,7 +29,7 @@ class ProxyConfig:
     `reuse_port` lets several processes listen on the same port. `startup_timeout` runs from a client's connection
     until it is authenticated, `drain_timeout` from `drain` until what is left is cut. `write_buffer` is what may wait
     for one side of a session before the other is no longer read, `max_rewrite` the longest statement that is looked
-    into.
+    into. `tls` is the certificate for clients, None: TLS is not offered; with `tls_required` it is the only way in.
     """
 
     upstream: Upstream | str
@@ -39,6 +42,9 @@ class ProxyConfig:
     max_client_connections: int = 10_000
     write_buffer: int = 256 * 1024
     max_rewrite: int = 64 * 1024 * 1024
+    tls: ServerTlsFiles | None = None
+    tls_required: bool = False
+    auth: AuthMode = AuthMode.AUTO
 
 
 #: Connections that may be there beyond `max_client_connections`: those that have not authenticated, and cancel
@@ -54,7 +60,8 @@ class ProxyServer:
     """Serves clients from `start` to `close`, or inside `async with`.
 
     `on_commit` is called on the event loop, must not block or raise, and means: a transaction in which df was
-    mentioned may just have been committed. `rewriter` is for tests.
+    mentioned may just have been committed. `rewriter` is for tests. Raises ValueError (TlsConfigError is one) where
+    the upstream or a certificate can't be used.
     """
 
     def __init__(
@@ -62,6 +69,12 @@ class ProxyServer:
     ) -> None:
         self.config = config
         self.upstream = config.upstream if isinstance(config.upstream, Upstream) else Upstream.parse(config.upstream)
+        if config.tls_required and config.tls is None:
+            raise TlsConfigError("tls_required needs tls_cert and tls_key")
+        self.upstream_tls = UpstreamTls(self.upstream.tls)
+        self.tls = ServerTls(config.tls) if config.tls is not None else None
+        self.tls_required = config.tls_required
+        self.auth = config.auth
         self.keys: dict[Key, Address] = {}
         self.draining = False
         self.rewriter = rewriter if rewriter is not None else Rewriter()
@@ -106,6 +119,12 @@ class ProxyServer:
         if self._main is not None:
             await self._main
         self.rewriter.close()
+
+    def reload(self) -> None:
+        """Reads all certificates and keys again, for the connections to come; what can't be used changes nothing."""
+        if self.tls is not None:
+            self.tls.reload()
+        self.upstream_tls.reload()
 
     async def drain(self) -> None:
         """Stops accepting, and lets clients finish: each is dismissed as soon as it is between transactions.

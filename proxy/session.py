@@ -18,14 +18,17 @@ from typing import Final, Protocol
 
 import structlog
 
+from proxy.authentication import Authenticator, AuthMode, Legs, RefusalError, Step
 from proxy.encodings import codec
 from proxy.relay import Hold, Leg, Relay
 from proxy.replies import client_view
 from proxy.rewriter import INLINE_LIMIT, Dialect, Rewriter, Statement
-from proxy.upstream import Address, DialError, Upstream, dial
+from proxy.tls import ServerTls, UpstreamTls
+from proxy.upstream import Address, DialError, Upstream
 from proxy.wire import backend, build
 from proxy.wire.frames import (
     NOTE,
+    PASS,
     PEEK,
     WHOLE,
     Frame,
@@ -38,16 +41,17 @@ from proxy.wire.frames import (
 )
 from proxy.wire.messages import (
     ANSWER_NO,
+    ANSWER_SSL,
     MAX_AUTH_MESSAGE,
     MAX_MESSAGE,
     PROTOCOL_3_0,
-    SCRAM_SHA_256_PLUS,
     Authentication,
     Backend,
     Frontend,
     TransactionStatus,
 )
 from proxy.wire.states import ASKING, TELLING, Conversation, Event, Phase, Startup, packet_event, server_event
+from proxy.wire.tls import ALPN, TlsStream, common_name, server_end_point
 
 log = structlog.get_logger("dfproxy.session")
 
@@ -68,6 +72,11 @@ class Host(Protocol):
     """What a session needs from the server that it belongs to."""
 
     upstream: Upstream
+    upstream_tls: UpstreamTls
+    #: TLS for clients; None: there is none.
+    tls: ServerTls | None
+    tls_required: bool
+    auth: AuthMode
     rewriter: Rewriter
     #: Cancel keys of live sessions, and where their server is.
     keys: dict[Key, Address]
@@ -95,6 +104,13 @@ class _End(Enum):
     CLOSED = "closed"
 
 
+class _Handshake(Enum):
+    """The client wants TLS first."""
+
+    ASKED = "after SSLRequest"
+    DIRECT = "from the first byte"
+
+
 class Session:
     """Serves one client leg: `run` until both connections are gone."""
 
@@ -113,7 +129,11 @@ class Session:
 
         self._startup = Startup()
         self._packets = StartupParser()
-        self._first: asyncio.Future[StartupPacket | _End] = loop.create_future()
+        self._first: asyncio.Future[StartupPacket | _End | _Handshake] = loop.create_future()
+        self._client_name: bytes | None = None  # in its certificate
+        self._own_binding: bytes | None = None  # of the certificate that it was shown
+        self._authenticator: Authenticator | None = None
+        self._questions: asyncio.Queue[bytes] = asyncio.Queue(1)  # of the server, that take long to answer
 
         self._conversation: Conversation[Statement] = Conversation(started=False)
         self._statements: dict[bytes, Statement] = {}
@@ -127,7 +147,7 @@ class Session:
         for type_ in ASKING:
             self._up.modes[type_] = NOTE
         self._up.modes[Frontend.QUERY] = self._up.modes[Frontend.PARSE] = WHOLE
-        self._up.modes[Frontend.PASSWORD] = NOTE
+        self._up.modes[Frontend.PASSWORD] = WHOLE
         self._down = FrameSplitter(max_length=MAX_MESSAGE, max_whole=_MAX_DIAGNOSIS)
         self._starting_modes(self._down.modes)
 
@@ -150,6 +170,10 @@ class Session:
         except ProtocolError as e:
             # Whoever this is does not speak the protocol: there is no way to answer.
             self._log.info("malformed bytes", sender="client", reason=str(e))
+        except OSError as e:  # of the client's TLS handshake
+            self._log.info("the client's connection failed", reason=str(e))
+        except RefusalError as e:
+            self._turn_away(e)
         except DialError as e:
             self._log.warning("no upstream", reason=str(e))
             self._refuse(
@@ -206,6 +230,13 @@ class Session:
             self._server.close()
         self._client.close()
 
+    def _turn_away(self, refusal: RefusalError) -> None:
+        """Ends the session before it has begun, and says why."""
+        self._log.info("refused", reason=refusal.message)
+        self._refuse(refusal.sqlstate, refusal.message, hint=refusal.hint)
+        if self._server is not None:
+            self._server.close()
+
     def _refuse(self, sqlstate: str, text: str, *, hint: str | None = None) -> None:
         """Ends the client's connection with an error, where the client can still understand one."""
         if self._down.at_boundary:
@@ -213,8 +244,8 @@ class Session:
         self._client.close()
 
     async def _serve(self) -> None:
-        packet = await self._first
-        if isinstance(packet, _End):
+        packet = await self._first_packet()
+        if packet is None:
             return
         if self._startup.phase is Phase.CANCELLING:
             await self._cancel(packet)
@@ -223,20 +254,23 @@ class Session:
             version = f"{packet.major}.{packet.code & 0xFFFF}"
             self._refuse("0A000", f"unsupported frontend protocol {version}: dfproxy supports 3.0 and later")
             return
+        self._check_protection()
         if not self._host.admit(self):
             self._refuse("53300", "sorry, too many clients already: dfproxy's limit is reached")
             return
-        server, self._address = await self._host.upstream.dial(self._make_server)
+        server, self._address = await self._host.upstream.dial(self._make_server, self._host.upstream_tls.connect)
         self._server = server
+        self._authenticator = Authenticator(self._host.auth, self._legs(server), _user(packet))
         self._relay = Relay(self._client, server, self._to_server, self._to_client)
         server.write([packet.raw])
         if rest := self._packets.take_rest():
             self._to_server(rest)
         self._client.release(Hold.STARTUP)
         async with asyncio.TaskGroup() as group:
-            compiling = group.create_task(self._compile_large())
+            working = (group.create_task(self._compile_large()), group.create_task(self._answer_slowly()))
             await self._relay.finished()
-            compiling.cancel()
+            for task in working:
+                task.cancel()
 
     def _make_server(self) -> Leg:
         return Leg(self._limits.write_buffer)
@@ -253,12 +287,18 @@ class Session:
             self._first.set_exception(e)
 
     def _read_packets(self) -> None:
-        # TLS comes here: a handshake as the first byte, or an answer of `S` to SSLRequest.
-        if self._packets.is_tls:
-            raise ProtocolError("the client starts TLS, which dfproxy does not offer")
+        if self._packets.is_tls and self._client.tls is None:
+            self._client.hold(Hold.STARTUP)
+            self._first.set_result(_Handshake.DIRECT)
+            return
         while (packet := self._packets.next_packet()) is not None:
             event = packet_event(packet)
             phase = self._startup.advance(event)
+            if phase is Phase.SSL_ANSWER and self._host.tls is not None and self._client.tls is None:
+                self._startup.advance(Event.ACCEPTANCE)
+                self._client.hold(Hold.STARTUP)
+                self._first.set_result(_Handshake.ASKED)
+                return
             if phase in (Phase.SSL_ANSWER, Phase.GSS_ANSWER):
                 self._client.write([ANSWER_NO])
                 self._startup.advance(Event.REFUSAL)
@@ -267,6 +307,62 @@ class Session:
             self._client.hold(Hold.STARTUP)
             self._first.set_result(packet)
             return
+
+    async def _first_packet(self) -> StartupPacket | None:
+        """The packet that says what the client wants, inside of TLS if it wants that first; None: it has gone.
+
+        Raises OSError where the handshake fails, ProtocolError.
+        """
+        while True:
+            first = await self._first
+            if isinstance(first, StartupPacket):
+                return first
+            if isinstance(first, _End):
+                return None
+            self._first = asyncio.get_running_loop().create_future()
+            await self._handshake(first)
+
+    async def _handshake(self, how: _Handshake) -> None:
+        tls = self._host.tls
+        if tls is None:
+            raise ProtocolError("the client starts TLS, which dfproxy was given no certificate for")
+        received = self._packets.take_rest()
+        if how is _Handshake.ASKED:
+            if received:
+                # Whoever put them there could have put words into the client's mouth (CVE-2021-23214).
+                raise ProtocolError("bytes came between SSLRequest and its answer")
+            self._client.write([ANSWER_SSL])
+        # What is held back now is the application's data; the handshake itself has to be read.
+        self._client.release(Hold.STARTUP)
+        stream = await self._client.secure(tls.context, server_side=True, received=received)
+        if how is _Handshake.DIRECT and stream.alpn != ALPN:
+            raise ProtocolError(f"TLS was started without agreeing on {ALPN} (ALPN)")
+        self._own_binding = tls.binding
+        self._client_name = _certified_name(tls, stream)
+        self._client.release(Hold.SECURED)
+
+    def _check_protection(self) -> None:
+        """Raises RefusalError if the client has not done what it takes to be let through to the server."""
+        tls = self._host.tls
+        if tls is None:
+            return
+        if self._client.tls is None and (self._host.tls_required or tls.asks_certificate):
+            raise RefusalError("28000", "dfproxy accepts encrypted connections only", "Connect with sslmode=require.")
+        if tls.asks_certificate and self._client.tls is not None and self._client.tls.peer_certificate is None:
+            raise RefusalError(
+                "28000", "connection requires a valid client certificate", "Connect with sslcert and sslkey.")
+
+    def _legs(self, server: Leg) -> Legs:
+        """What authentication has to know of the two connections."""
+        certificate = server.tls.peer_certificate if server.tls is not None else None
+        return Legs(
+            client_tls=self._client.tls is not None,
+            server_tls=server.tls is not None,
+            binding=server_end_point(certificate) if certificate is not None else None,
+            own_binding=self._own_binding,
+            certificate_sent=server.tls is not None and self._host.upstream.tls.certificate is not None,
+            client_name=self._client_name,
+        )
 
     def _on_gone_early(self) -> None:
         if not self._first.done():
@@ -279,7 +375,7 @@ class Session:
         # A key that nobody here knows may be another process's session: the server that it is for will know.
         for address in (known,) if known is not None else self._host.upstream.addresses:
             try:
-                leg = await dial(address, Leg, _CANCEL_TIMEOUT)
+                leg = await self._host.upstream_tls.connect(address, Leg, _CANCEL_TIMEOUT)
             except OSError as e:  # TimeoutError is one
                 self._log.warning("a cancel request did not reach the server", server=str(address), reason=str(e))
                 continue
@@ -306,6 +402,14 @@ class Session:
                 if isinstance(item, int):
                     self._noted(item)
                 elif isinstance(item, Frame):
+                    if item.type == Frontend.PASSWORD:
+                        out.append(self._answered(item.payload))
+                        if self._authenticator is not None and self._authenticator.answering:
+                            # What comes after the password is not for the conversation that follows.
+                            self._client.hold(Hold.BUSY)
+                            self._unread.append(items)
+                            break
+                        continue
                     name, statement = _split(item)
                     if statement is not None and len(statement) > INLINE_LIMIT:
                         self._client.hold(Hold.BUSY)
@@ -320,8 +424,19 @@ class Session:
                     out.append(item)
         except ProtocolError as e:
             self._malformed("client", e)
+        except RefusalError as e:
+            self._turn_away(e)
         if out and self._server is not None:
             self._server.write(out)
+
+    def _go_on(self) -> None:
+        """Goes on with what the client sent while something else had to be done first."""
+        unread, self._unread = self._unread, []
+        while unread and not self._unread:
+            self._forward(unread.pop(0))
+        self._unread += unread
+        if not self._unread:
+            self._client.release(Hold.BUSY)
 
     async def _compile_large(self) -> None:
         """Compiles large statements, one at a time; what the client sent after one waits for it."""
@@ -331,12 +446,7 @@ class Session:
             if self._server is not None:
                 self._server.write([self._rewritten(frame, name, rewritten)])
             del frame, statement
-            unread, self._unread = self._unread, []
-            while unread and not self._unread:
-                self._forward(unread.pop(0))
-            self._unread += unread
-            if not self._unread:
-                self._client.release(Hold.BUSY)
+            self._go_on()
 
     def _rewritten(self, frame: Frame, name: bytes, statement: Statement | None) -> bytes:
         """The message to send for a Query or Parse, which is noted and, if it mentions df, remembered."""
@@ -351,11 +461,8 @@ class Session:
         return build.message(Frontend.PARSE, name + b"\0" + statement.text + b"\0" + rest)
 
     def _noted(self, type_: int) -> None:
-        if type_ == Frontend.PASSWORD:
-            self._advance(Event.PASSWORD_MESSAGE)
-        else:
-            # A Query or Parse that comes here was too long to be looked at.
-            self._conversation.sent(type_)
+        # A Query or Parse that comes here was too long to be looked at.
+        self._conversation.sent(type_)
 
     def _peeked(self, peek: Peek) -> None:
         """A message that names a statement or portal, in a session in which some of them mention df."""
@@ -431,6 +538,9 @@ class Session:
             self._client.write(out)
             self._malformed("server", e)
             return
+        except RefusalError as e:
+            self._turn_away(e)
+            return
         if out:
             self._client.write(out)
         if self._host.draining and self.idle:
@@ -446,10 +556,10 @@ class Session:
 
     def _read(self, frame: Frame) -> bytes:
         """What the client gets for a message of the server that is read."""
-        starting = self._startup.phase is not Phase.READY
         payload = frame.payload
-        code = None
         match frame.type:
+            case Backend.AUTHENTICATION:
+                return self._asked(payload)
             case Backend.READY_FOR_QUERY:
                 self._ready(backend.transaction_status(payload))
             case Backend.ERROR_RESPONSE | Backend.NOTICE_RESPONSE:
@@ -460,33 +570,65 @@ class Session:
                 self._parameter(payload)
             case Backend.BACKEND_KEY_DATA:
                 self._registered(payload)
-            case Backend.AUTHENTICATION:
-                code = backend.authentication_code(payload)
-                payload = self._authentication(code, payload)
-        if starting:
-            self._advance(server_event(frame.type, code))
-            if self._startup.phase is Phase.READY:
-                self._ready_modes(self._down.modes)
+        if self._startup.phase is not Phase.READY and self._advance(server_event(frame.type)) is Phase.READY:
+            self._ready_modes(self._down.modes)
         return frame.encode() if payload is frame.payload else build.message(frame.type, payload)
 
-    def _advance(self, event: Event) -> None:
+    def _advance(self, event: Event) -> Phase:
         # A client that sends requests before it knows whether it may is the server's business; so is one that never
         # asks.
         if event is Event.PASSWORD_MESSAGE and self._startup.phase is not Phase.PASSWORD:
-            return
-        self._startup.advance(event)
+            return self._startup.phase
+        return self._startup.advance(event)
 
-    def _authentication(self, code: int, payload: bytes) -> bytes:
+    # --- authentication ---
+
+    def _asked(self, payload: bytes) -> bytes:
+        """What the client gets for an Authentication message of the server. Raises RefusalError."""
+        assert self._authenticator is not None
+        code = backend.authentication_code(payload)
+        self._advance(server_event(Backend.AUTHENTICATION, code))
+        if self._authenticator.is_slow(payload):
+            # The server waits for the answer: there is nothing else to come from it, one question at a time.
+            try:
+                self._questions.put_nowait(payload)
+            except asyncio.QueueFull:
+                raise ProtocolError("a question while the last one is not answered") from None
+            return b""
+        step = self._authenticator.request(payload)
+        self._answer(step)
         if code == Authentication.OK:
             self._deadline.reschedule(None)
             self._up.max_length = MAX_MESSAGE
-        elif code == Authentication.SASL:
-            offered = backend.sasl_mechanisms(payload)
-            if SCRAM_SHA_256_PLUS in offered:
-                # It binds the password's proof to one TLS connection from end to end, which there is not.
-                kept = [name for name in offered if name != SCRAM_SHA_256_PLUS]
-                return build.authentication_sasl(kept)[5:]
-        return payload
+            self._up.modes[Frontend.PASSWORD] = PASS
+            if self._unread:
+                self._go_on()
+        return step.to_client
+
+    def _answered(self, payload: bytes) -> bytes:
+        """What the server gets for a message of the client that answers it. Raises RefusalError, ProtocolError."""
+        assert self._authenticator is not None
+        step = self._authenticator.answer(payload)
+        self._advance(Event.PASSWORD_MESSAGE)
+        return step.to_server
+
+    def _answer(self, step: Step) -> None:
+        """Sends what the proxy itself has to say to the server."""
+        if step.to_server and self._server is not None:
+            self._advance(Event.PASSWORD_MESSAGE)
+            self._server.write([step.to_server])
+
+    async def _answer_slowly(self) -> None:
+        """Answers, one at a time and not on the event loop, what takes long: the key derivation of SCRAM."""
+        assert self._authenticator is not None
+        while True:
+            payload = await self._questions.get()
+            try:
+                self._answer(await asyncio.to_thread(self._authenticator.request, payload))
+            except ProtocolError as e:
+                self._malformed("server", e)
+            except RefusalError as e:
+                self._turn_away(e)
 
     def _registered(self, payload: bytes) -> None:
         assert self._address is not None
@@ -539,3 +681,23 @@ def _split(frame: Frame) -> tuple[bytes, bytes | None]:
     name, found, rest = frame.payload.partition(b"\0")
     statement, terminated, _ = rest.partition(b"\0")
     return name, statement if found and terminated else None
+
+
+def _user(packet: StartupPacket) -> bytes:
+    """The user in a StartupMessage; empty where it is malformed, which the server will say."""
+    try:
+        return packet.parameters().get("user", "").encode("utf-8", "surrogateescape")
+    except ProtocolError:
+        return b""
+
+
+def _certified_name(tls: ServerTls, stream: TlsStream) -> bytes | None:
+    """The common name in the client's certificate, where one was asked for and given (it is verified then)."""
+    certificate = stream.peer_certificate if tls.asks_certificate else None
+    if certificate is None:
+        return None
+    try:
+        name = common_name(certificate)
+    except ValueError as e:
+        raise ProtocolError(f"the client's certificate can't be read: {e}") from e
+    return name.encode() if name is not None else None

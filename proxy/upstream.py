@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, unquote
 
+from proxy.wire.tls_options import ClientTls
+
 DEFAULT_PORT: Final = 5432
 #: Where packaged servers put their socket, in the order in which libpq builds look for it.
 SOCKET_FOLDERS: Final = ("/var/run/postgresql", "/run/postgresql", "/tmp")
-#: sslmode values with which a plain connection is what was asked for, or at least allowed.
-_PLAIN_SSLMODES: Final = ("disable", "allow", "prefer")
 
 #: Idle seconds before the first probe, between probes, and probes until a peer counts as gone: within 150 s, which is
 #: less than the 350 s after which cloud load balancers forget an idle connection.
@@ -30,10 +30,14 @@ class DialError(Exception):
 
 @dataclass(frozen=True)
 class Address:
-    """One host: a name or address with a port, or a Unix-domain socket in a folder (`host` starts with `/` or `@`)."""
+    """One host: a name or address with a port, or a Unix-domain socket in a folder (`host` starts with `/` or `@`).
+
+    `server_name` is what the server's certificate has to say, where that is another name than `host`.
+    """
 
     host: str
     port: int = DEFAULT_PORT
+    server_name: str = field(default="", compare=False)
 
     @property
     def is_socket(self) -> bool:
@@ -51,35 +55,48 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+#: Connects to one address within seconds. Raises OSError, TimeoutError.
+Connect = Callable[[Address, Callable[[], P], float], Awaitable[P]]
+
+
 @dataclass(frozen=True)
 class Upstream:
     """Where the server is: one address, or several of which the first that answers is used.
 
-    `connect_timeout` is seconds for each address.
+    `connect_timeout` is seconds for each address, `tls` what the `ssl…` parameters say.
     """
 
     addresses: tuple[Address, ...]
     connect_timeout: float = 10.0
+    tls: ClientTls = field(default_factory=ClientTls)
 
     @classmethod
     def parse(cls, dsn: str) -> Upstream:
         """What a libpq URI (`postgresql://…`) or keyword string (`host=… port=…`) says.
 
-        User, password, database and other options are the clients' own business and are not looked at. Raises
-        ValueError, never quoting the string (it may hold a password).
+        User, password, database and options other than `ssl…` are the clients' own business and are not looked at.
+        Raises ValueError, never quoting the string (it may hold a password).
         """
         options = _parse_uri(dsn) if re.match(r"postgres(ql)?://", dsn) else _parse_keywords(dsn)
-        sslmode = options.get("sslmode", "prefer")
-        if sslmode not in _PLAIN_SSLMODES:
-            raise ValueError(f"the upstream asks for sslmode={sslmode}, and TLS to the upstream is not supported yet")
+        tls = ClientTls.from_parameters(options)
         hosts = options.get("hostaddr") or options.get("host") or ""
         names = hosts.split(",")
+        # A certificate is for the name, also where `hostaddr` says how to get there.
+        server_names = (options.get("host") or "").split(",") if options.get("hostaddr") else []
+        if len(server_names) != len(names):
+            server_names = [""] * len(names)
         ports = (options.get("port") or "").split(",")
         if len(ports) == 1:
             ports *= len(names)
         if len(ports) != len(names):
             raise ValueError(f"the upstream names {len(names)} hosts but {len(ports)} ports")
-        upstream = cls(tuple(_address(name, port) for name, port in zip(names, ports, strict=True)))
+        upstream = cls(
+            tuple(
+                replace(_address(name, port), server_name=server_name)
+                for name, port, server_name in zip(names, ports, server_names, strict=True)
+            ),
+            tls=tls,
+        )
         if timeout := options.get("connect_timeout"):
             try:
                 seconds = int(timeout)
@@ -92,12 +109,15 @@ class Upstream:
     def __str__(self) -> str:
         return ", ".join(map(str, self.addresses))
 
-    async def dial(self, factory: Callable[[], P]) -> tuple[P, Address]:
-        """Connects to the first address that answers; `factory` makes the asyncio protocol. Raises DialError."""
+    async def dial(self, factory: Callable[[], P], connect: Connect[P] | None = None) -> tuple[P, Address]:
+        """Connects to the first address that answers; `factory` makes the asyncio protocol. Raises DialError.
+
+        `connect` is how to get to one address: `dial`, without TLS, if it isn't given.
+        """
         failures = []
         for address in self.addresses:
             try:
-                return await dial(address, factory, self.connect_timeout), address
+                return await (connect or dial)(address, factory, self.connect_timeout), address
             except TimeoutError:
                 failures.append(f"{address}: no answer within {self.connect_timeout:g} s")
             except OSError as e:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from scramp import ScramClient, ScramException
+from scramp.utils import saslprep
 
 from proxy.wire import backend, build
 from proxy.wire.messages import SCRAM_SHA_256, SCRAM_SHA_256_PLUS, Authentication
@@ -15,6 +16,8 @@ from proxy.wire.messages import SCRAM_SHA_256, SCRAM_SHA_256_PLUS, Authenticatio
 MAX_ITERATIONS: Final = 1_000_000
 #: PostgreSQL takes the user from the startup packet and ignores SCRAM's; RFC 5802 and the library want one.
 _SCRAM_USER: Final = "*"
+#: Requests that can't, or need not, bind the login to the TLS connection.
+_UNBOUND: Final = (Authentication.OK, Authentication.CLEARTEXT_PASSWORD, Authentication.MD5_PASSWORD)
 
 
 class AuthenticationError(Exception):
@@ -25,17 +28,20 @@ class AuthenticationError(Exception):
 class ClientAuth:
     """Answers a server's Authentication messages for one connection.
 
-    `channel_binding` is the data of `tls-server-end-point` (the hash of the server's certificate) on a TLS connection:
-    with it SCRAM-SHA-256-PLUS is preferred where the server offers it. `done` is true after AuthenticationOk.
+    `channel_binding` is the data of `tls-server-end-point` (proxy.wire.tls.server_end_point) on a TLS connection: with
+    it SCRAM-SHA-256-PLUS is preferred where the server offers it, and `require_binding` accepts nothing else. `user`
+    and `password` as bytes are in whatever encoding the server knows them in. `done` is true after AuthenticationOk.
     """
 
-    user: str
-    password: str | None = field(default=None, repr=False)
+    user: str | bytes
+    password: str | bytes | None = field(default=None, repr=False)
     channel_binding: bytes | None = field(default=None, repr=False)
     allow_cleartext: bool = True
+    require_binding: bool = False
     done: bool = field(default=False, init=False)
     _scram: ScramClient | None = field(default=None, init=False, repr=False)
     _scram_proven: bool = field(default=False, init=False, repr=False)
+    _bound: bool = field(default=False, init=False, repr=False)
 
     def respond(self, payload: bytes) -> bytes | None:
         """The message to send in answer to an Authentication message with this payload; None if there is none.
@@ -43,6 +49,8 @@ class ClientAuth:
         Raises AuthenticationError, and ProtocolError where the payload is malformed.
         """
         code = backend.authentication_code(payload)
+        if self.require_binding and code in _UNBOUND and not (code == Authentication.OK and self._bound):
+            raise AuthenticationError("the server does not bind the login to the connection, which is required here")
         match code:
             case Authentication.OK:
                 if self._scram is not None and not self._scram_proven:
@@ -71,24 +79,37 @@ class ClientAuth:
                     f"the server asks for authentication {name}; supported are trust, password, md5 and scram-sha-256"
                 )
 
-    def _password(self) -> str:
+    @staticmethod
+    def is_slow(payload: bytes) -> bool:
+        """Whether the answer to this Authentication message takes long to compute (PBKDF2): milliseconds to a second.
+
+        `respond` may then be called in a thread.
+        """
+        return backend.authentication_code(payload) == Authentication.SASL_CONTINUE
+
+    def _password(self) -> bytes:
         if self.password is None:
-            raise AuthenticationError(f"the server asks for a password of user {self.user!r}, and none was given")
-        return self.password
+            user = _bytes(self.user).decode("utf-8", "replace")
+            raise AuthenticationError(f"the server asks for a password of user {user!r}, and none was given")
+        return _bytes(self.password)
 
     def _sasl_start(self, offered: list[str]) -> bytes:
         if self._scram is not None:
             raise AuthenticationError("the server starts SASL authentication twice")
         if SCRAM_SHA_256_PLUS in offered and self.channel_binding is not None:
             mechanism, binding = SCRAM_SHA_256_PLUS, ("tls-server-end-point", self.channel_binding)
-        elif SCRAM_SHA_256 in offered:
+        elif SCRAM_SHA_256 in offered and not self.require_binding:
             mechanism, binding = SCRAM_SHA_256, None
         else:
+            wanted = SCRAM_SHA_256_PLUS if self.require_binding else SCRAM_SHA_256
             raise AuthenticationError(
-                f"the server offers only {', '.join(offered) or 'no mechanism'}; supported is {SCRAM_SHA_256}"
+                f"the server offers only {', '.join(offered) or 'no mechanism'}; supported is {wanted}"
             )
+        self._bound = binding is not None
         try:
-            self._scram = ScramClient([mechanism], _SCRAM_USER, self._password(), channel_binding=binding)
+            self._scram = ScramClient([mechanism], _SCRAM_USER, "", channel_binding=binding)
+            # The library refuses passwords that RFC 4013 (SASLprep) does; PostgreSQL takes them as they are.
+            self._scram.password = _Prepared(_saslprep(self._password()))
             first: str = self._scram.get_client_first()
         except ScramException as e:
             raise AuthenticationError(f"SCRAM authentication: {e}") from e
@@ -119,11 +140,33 @@ class ClientAuth:
         return self._scram
 
 
-def _md5(user: str, password: str, salt: bytes) -> str:
+class _Prepared:
+    """A password as the library wants it: something that `bytes` works on."""
+
+    def __init__(self, password: bytes) -> None:
+        self._password = password
+
+    def __bytes__(self) -> bytes:
+        return self._password
+
+
+def _bytes(text: str | bytes) -> bytes:
+    return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+
+
+def _saslprep(password: bytes) -> bytes:
+    """The password as PostgreSQL prepares it: by RFC 4013, or unchanged where that forbids it or it is not UTF-8."""
+    try:
+        return saslprep(password.decode()).encode() or password
+    except (UnicodeDecodeError, ScramException):
+        return password
+
+
+def _md5(user: str | bytes, password: bytes, salt: bytes) -> str:
     """What MD5 authentication sends: `md5` and the hex digest of the salted digest."""
     if len(salt) != 4:
         raise AuthenticationError("the server's MD5 salt is not 4 bytes long")
-    inner = hashlib.md5((password + user).encode(), usedforsecurity=False).hexdigest()
+    inner = hashlib.md5(password + _bytes(user), usedforsecurity=False).hexdigest()
     return "md5" + hashlib.md5(inner.encode() + salt, usedforsecurity=False).hexdigest()
 
 
