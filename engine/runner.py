@@ -44,6 +44,8 @@ _OUTSIDE_STATES = frozenset({"25001", "2D000"})
 #: What a server says to a login that it will accept later: starting up, shutting down, too many clients.
 _LATER_CLASSES = ("53", "57P", "08", "58")
 _BAD_LOGIN = frozenset({"28P01", "28000"})
+#: Longest pause in seconds before the next try to reach a server that is away.
+AWAY = 2.0
 #: Encoding more than this many bytes happens in a thread.
 _THREAD_BYTES = 256 * 1024
 
@@ -89,11 +91,14 @@ class NoSlot(Outcome):
 
 
 class TransientError(Exception):
-    """An infrastructure fault. `suspect`: the session was lost while the step ran, maybe because of the step."""
+    """An infrastructure fault. `suspect`: the session was lost while the step ran, maybe because of the step. `away`:
+    there was no session to be had, which concerns every step alike.
+    """
 
-    def __init__(self, message: str, *, suspect: bool = False) -> None:
+    def __init__(self, message: str, *, suspect: bool = False, away: bool = False) -> None:
         super().__init__(message)
         self.suspect = suspect
+        self.away = away
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +292,8 @@ class Runner:
         """Runs a step to an outcome. Raises only LeaseLostError (from `record_started`), CancelledError, and bugs."""
         started = self._store.clock.now()
         sql = self._compile(job)
+        if (unfit := _unfit(sql)) is not None:
+            return Failed(started, unfit)
         outside = False
         suspects = 0
         attempt = 0
@@ -307,9 +314,15 @@ class Runner:
                     raise
                 fault = e
             attempt += 1
-            log.warning("step will be tried again", instance=job.instance_id, node=job.step.node.id,
-                        attempt=attempt, reason=str(fault) or type(fault).__name__)
-            await asyncio.sleep(back_off(self._settings, attempt))
+            pause = back_off(self._settings, attempt)
+            if isinstance(fault, TransientError) and fault.away:
+                # The poll says so too, once for all; and nothing is gained by coming back late.
+                level, pause = "debug", min(pause, AWAY)
+            else:
+                level = "warning"
+            getattr(log, level)("step will be tried again", instance=job.instance_id, node=job.step.node.id,
+                                attempt=attempt, reason=str(fault) or type(fault).__name__)
+            await asyncio.sleep(pause)
 
     def _compile(self, job: Job) -> str:
         """The DSL inside a step's text becomes plain calls, as it would in a client's statement."""
@@ -363,16 +376,16 @@ class Runner:
         except TimeoutError as e:
             # A server that is away is waited for; one that answers others but not this login is the step's trouble.
             if time.monotonic() - self._store.last_contact > self._settings.lease:
-                raise TransientError("the server does not answer") from e
+                raise TransientError("the server does not answer", away=True) from e
             raise _FailedError(StepError(
                 f"Connection to database '{name}' as '{identity.user}' timed out after "
                 f"{self._settings.connect_timeout:g}s", "08001")) from e
         except ConnectionLostError as e:
-            raise TransientError(str(e)) from e
+            raise TransientError(str(e), away=True) from e
         except ServerError as e:
             self._identities.forget(identity.oid)
-            if e.sqlstate.startswith(_LATER_CLASSES):
-                raise TransientError(e.message) from e
+            if e.sqlstate.startswith(_LATER_CLASSES) and e.sqlstate != "08P01":
+                raise TransientError(e.message, away=True) from e
             raise _FailedError(StepError(
                 f"Failed to connect to database '{name}' as '{identity.user}'. Error: {e.message}", e.sqlstate,
                 e.fields.get("D"), e.fields.get("H"))) from e
@@ -494,6 +507,17 @@ class _FailedError(Exception):
     def __init__(self, error: StepError) -> None:
         super().__init__(error.message)
         self.error = error
+
+
+def _unfit(sql: str) -> StepError | None:
+    """What the protocol can't carry; substituted values may hold it."""
+    try:
+        sql.encode()
+    except UnicodeEncodeError:
+        return StepError("SQL execution failed: the statement holds half of a surrogate pair", "22021")
+    if "\0" in sql:
+        return StepError("SQL execution failed: the statement holds a zero byte", "22021")
+    return None
 
 
 def is_transient(error: ServerError) -> bool:

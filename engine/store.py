@@ -97,8 +97,13 @@ class LoadedInstance:
     checkpoints: list[Checkpoint]
 
 
-POLL = """
-SELECT (SELECT jsonb_agg(jsonb_build_array(c.instance_id, c.token, c.fresh, c.crashes))
+#: In front of whatever may meet a row that somebody's open transaction has locked (a cancel, a delete): such a caller
+#: must hold up neither the worker nor other instances. Local to the statement, since a pooler may be in between.
+_SOON = "set_config('lock_timeout', '1000', true)"
+
+POLL = f"""
+SELECT {_SOON},
+       (SELECT jsonb_agg(jsonb_build_array(c.instance_id, c.token, c.fresh, c.crashes))
           FROM duroxide.claim($1::text::uuid, $2) c)::text,
        (SELECT jsonb_agg(jsonb_build_array(s.instance_id, s.seq, s.kind, s.name, s.data) ORDER BY s.seq)
           FROM duroxide.inbox($1::text::uuid) s)::text,
@@ -106,6 +111,8 @@ SELECT (SELECT jsonb_agg(jsonb_build_array(c.instance_id, c.token, c.fresh, c.cr
           FROM duroxide.queue q WHERE q.owner IS NULL AND q.wake_at > clock_timestamp()),
        extract(epoch FROM clock_timestamp())::float8
 """
+
+HEARTBEAT = f"SELECT {_SOON}, duroxide.heartbeat($1::text::uuid), extract(epoch FROM clock_timestamp())::float8"
 
 LOAD = """
 SELECT q.instance_id, q.token::text, q.crashes, i.id IS NOT NULL AS present, i.label, i.graph::text AS graph,
@@ -122,8 +129,8 @@ SELECT h.instance_id, h.execution, h.node, h.event, h.result, h.types::text AS t
   FROM duroxide.history h WHERE h.instance_id = ANY ($1)
 """
 
-CHECKPOINT = """
-SELECT duroxide.checkpoint($1, $2::text::uuid, $3::text::jsonb, $4, $5::text::bigint[], $6::text::text[],
+CHECKPOINT = f"""
+SELECT {_SOON}, duroxide.checkpoint($1, $2::text::uuid, $3::text::jsonb, $4, $5::text::bigint[], $6::text::text[],
                            $7::text::jsonb, $8::text::timestamptz, $9::text::jsonb)
 """
 
@@ -136,8 +143,9 @@ UPDATE duroxide.queue SET owner = NULL, token = NULL, crashes = crashes + 1,
 
 #: Waits for whoever still holds the row's lock with the old token: a session of ours that we lost sight of, whose
 #: checkpoint is either committed when this returns, or will be refused.
-REFENCE = """
-UPDATE duroxide.queue SET token = gen_random_uuid() WHERE instance_id = $1 AND owner = $2::text::uuid
+REFENCE = f"""
+UPDATE duroxide.queue SET token = gen_random_uuid() FROM (SELECT {_SOON}) AS soon
+ WHERE instance_id = $1 AND owner = $2::text::uuid
 RETURNING token::text
 """
 
@@ -294,8 +302,6 @@ class Store:
             return connection
         limit = max(1.0, self.settings.lease / 3)
         fresh: asyncpg.Connection[Any] = await asyncpg.connect(**self._options(), command_timeout=limit)
-        # Behind a row that somebody's open transaction has locked, neither may wait for long.
-        await fresh.execute(f"SET lock_timeout = {int(limit * 500)}")
         return fresh
 
     @asynccontextmanager
@@ -343,17 +349,17 @@ class Store:
         c = self._beat = await self._own(self._beat)
         sent = time.monotonic()
         try:
-            row = await c.fetchrow("SELECT duroxide.heartbeat($1::text::uuid), "
-                                   "extract(epoch FROM clock_timestamp())::float8", self.worker_id)
+            row = await c.fetchrow(HEARTBEAT, self.worker_id)
         except asyncpg.LockNotAvailableError:
             # Freeing a lost worker's instances met a lock; our own life sign must not wait for it.
             row = await c.fetchrow(
                 "WITH alive AS (UPDATE duroxide.workers SET heartbeat_at = clock_timestamp() "
                 "WHERE id = $1::text::uuid RETURNING 1) "
-                "SELECT EXISTS (SELECT FROM alive), extract(epoch FROM clock_timestamp())::float8", self.worker_id)
+                "SELECT NULL, EXISTS (SELECT FROM alive), extract(epoch FROM clock_timestamp())::float8",
+                self.worker_id)
         assert row is not None
-        self._contact(sent, row[1])
-        return bool(row[0])
+        self._contact(sent, row[2])
+        return bool(row[1])
 
     async def poll(self, limit: int) -> Poll:
         """Claims up to `limit` due instances and reads the inbox of those held, in one round trip."""
@@ -361,10 +367,11 @@ class Store:
         sent = time.monotonic()
         row = await c.fetchrow(POLL, self.worker_id, limit)
         assert row is not None
-        self._contact(sent, row[3])
-        claims = [Claim(*item) for item in json.loads(row[0])] if row[0] else []
-        due = None if row[2] is None else datetime.fromtimestamp(min(row[2], 253402300799.0), UTC)
-        return Poll(claims, _inbox(row[1]), due)
+        _, claimed, inbox, next_due, now = row
+        self._contact(sent, now)
+        claims = [Claim(*item) for item in json.loads(claimed)] if claimed else []
+        due = None if next_due is None else datetime.fromtimestamp(min(next_due, 253402300799.0), UTC)
+        return Poll(claims, _inbox(inbox), due)
 
     def _contact(self, sent: float, database: float) -> None:
         self.last_contact = time.monotonic()

@@ -23,6 +23,8 @@ log = structlog.get_logger("dfproxy.engine")
 
 #: Seconds that giving everything back may take when the worker stops.
 FAREWELL = 2.0
+#: Longest pause in seconds before the next try to begin a life.
+LATE = 5.0
 
 
 class _GivenUpError(Exception):
@@ -100,7 +102,7 @@ class Worker:
                         self.statistics.bugs += 1
                         log.exception("the worker failed and starts anew")
                 attempt = 1 if time.monotonic() - born > 60 else attempt + 1
-                await self._pause(back_off(self.settings, attempt))
+                await self._pause(min(back_off(self.settings, attempt), LATE))
         finally:
             self._ended.set()
 

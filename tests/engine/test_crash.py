@@ -19,7 +19,7 @@ async def test_exactly_once_under_kill_9(database18: Database) -> None:
     await install(database18)
     with Client(database18) as c:
         c.execute("CREATE TABLE documents (id int PRIMARY KEY, processed bool DEFAULT false)")
-        c.execute("INSERT INTO documents SELECT generate_series(1, 3000)")
+        c.execute("INSERT INTO documents SELECT generate_series(1, 6000)")
         c.execute("CREATE TABLE log (id int, instance text)")
         batch = seq(
             sql("SELECT id FROM documents WHERE NOT processed ORDER BY id LIMIT 20", "batch"),
@@ -41,8 +41,8 @@ async def test_exactly_once_under_kill_9(database18: Database) -> None:
         async with running_worker(database18):
             outcomes = await ended(c, instance, *sequences)
         assert {s for s, _ in outcomes} == {"completed"}
-        assert c.rows("SELECT count(*) FROM documents WHERE processed") == [(3000,)]
-        assert c.rows("SELECT count(*), count(DISTINCT id) FROM log WHERE id > 0") == [(3000, 3000)]
+        assert c.rows("SELECT count(*) FROM documents WHERE processed") == [(6000,)]
+        assert c.rows("SELECT count(*), count(DISTINCT id) FROM log WHERE id > 0") == [(6000, 6000)]
         assert c.rows("SELECT count(*), count(DISTINCT (id, instance)) FROM log WHERE id < 0") == [(140, 140)]
 
 

@@ -1,0 +1,234 @@
+"""The store's statements: leases, fences, the inbox, time, and what locks of others must not do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+import pytest
+
+from engine.identity import Identities
+from engine.instance import Gate
+from engine.model import Changes, Checkpoint, Finish, StepError
+from engine.processes import Life, is_dead
+from engine.store import Clock, LeaseLostError, Store, checkpoint_arguments
+from tests.engine.fix_graphs import seq, signal, sql
+from tests.engine.helpers import Client, ended, install, running_worker, settings, until
+from tests.fix_postgres import Database
+
+
+@asynccontextmanager
+async def opened(database: Database, **changes: object) -> AsyncIterator[Store]:
+    store = Store(settings(database, **changes))
+    await store.open()
+    try:
+        await store.register()
+        yield store
+    finally:
+        await store.close()
+
+
+async def test_claim_load_checkpoint_finish(database: Database) -> None:
+    await install(database)
+    with Client(database) as c:
+        instance = c.start(sql("SELECT 1"), label="Zürich")
+        c.execute("UPDATE duroxide.instances SET vars = '{\"v\": \"1\"}'")
+        async with opened(database) as store:
+            [claim] = (await store.poll(10)).claims
+            assert (claim.instance_id, claim.fresh, claim.crashes) == (instance, True, 0)
+            assert (await store.poll(10)).claims == []
+            loaded = (await store.load([instance], []))[instance]
+            assert (loaded.label, loaded.variables, loaded.token) == ("Zürich", {"v": "1"}, claim.token)
+            at = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
+            error = StepError("m", "22012", "d", "h")
+            rows = [Checkpoint("", 0, "completed", '{"rows":[]}', (), None, {"tag": "SELECT 0"}, at),
+                    Checkpoint("/0:1", 1, "failed", error=error), Checkpoint("/0:2", 1, "waiting")]
+            await store.checkpoint(instance, claim.token, Changes(rows=rows), big=("", 0))
+            again = (await store.load([instance], [instance]))[instance]
+            assert sorted(again.checkpoints, key=lambda r: r.execution) == rows
+            await store.checkpoint(instance, claim.token, Changes(prune=["/0:1", "/0:2"], keep=[("/0:2", 1)]))
+            assert [row[0] for row in c.history(instance)] == ["", "/0:2"]
+            await store.checkpoint(instance, claim.token, Changes(finish=Finish("failed", "why", error)))
+            assert c.rows("SELECT status, output, error->>'hint' FROM duroxide.instances") == [("failed", "why", "h")]
+            with pytest.raises(LeaseLostError):
+                await store.checkpoint(instance, claim.token, Changes(rows=rows))
+
+
+async def test_a_new_fence_shuts_the_old_token_out(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        instance = c.start(sql("SELECT 1"))
+        async with opened(database18) as store:
+            [claim] = (await store.poll(10)).claims
+            token = await store.refence(instance)
+            with pytest.raises(LeaseLostError):
+                await store.checkpoint(instance, claim.token, Changes(rows=[Checkpoint("", 0, "completed", "1")]))
+            await store.checkpoint(instance, token, Changes(rows=[Checkpoint("", 0, "completed", "1")]))
+            await store.release([instance])
+            with pytest.raises(LeaseLostError):
+                await store.refence(instance)
+
+
+async def test_the_fence_waits_for_a_session_that_was_lost_sight_of(database18: Database) -> None:
+    """A checkpoint that is under way with the old token commits before the fence returns; nobody runs the step twice."""
+    await install(database18)
+    with Client(database18) as c, Client(database18) as zombie:
+        instance = c.start(sql("SELECT 1"))
+        async with opened(database18) as store:
+            [claim] = (await store.poll(10)).claims
+            zombie.execute("BEGIN")
+            zombie.execute("SELECT duroxide.checkpoint(%s, %s, '[{\"execution\":\"\",\"node\":0,\"event\":\"completed\"}]')",
+                           instance, claim.token)
+            with pytest.raises(asyncpg.LockNotAvailableError):
+                await store.refence(instance)
+            zombie.execute("COMMIT")
+            await store.refence(instance)
+            assert len((await store.load([instance], [instance]))[instance].checkpoints) == 1
+
+
+async def test_open_transactions_of_callers_hold_up_no_poll(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c, Client(database18) as other:
+        held = c.start(signal("go"))
+        async with opened(database18) as store:
+            assert len((await store.poll(10)).claims) == 1
+            c.execute("INSERT INTO duroxide.signals (instance_id, name, data) VALUES (%s, 'go', '1')", held)
+            other.execute("BEGIN")
+            other.execute("DELETE FROM duroxide.signals")
+            found = await store.poll(10)
+            assert found.inbox == []
+            instance = c.start(sql("SELECT 1"))
+            assert [claim.instance_id for claim in (await store.poll(10)).claims] == [instance]
+            other.execute("ROLLBACK")
+            assert [entry.name for entry in (await store.poll(10)).inbox] == ["go"]
+
+
+async def test_two_finishes_that_wait_for_a_caller_hold_up_nobody_else(database18: Database) -> None:
+    """More blocked checkpoints than the pool has connections."""
+    await install(database18)
+    with Client(database18) as c, Client(database18) as other:
+        held = [c.start(seq(sql("SELECT 1"), signal("go", 1))) for _ in range(6)]
+        other.execute("BEGIN")
+        for instance in held:
+            other.execute("INSERT INTO duroxide.signals (instance_id, kind, name) VALUES (%s, 'cancel', 'x')", instance)
+        async with running_worker(database18, retry_max=0.5):
+            await until(lambda: all(len(c.history(i)) == 2 for i in held))
+            await asyncio.sleep(1)  # into the blocked finishes
+            instances = [c.start(seq(sql("SELECT 1"), signal("go", 1))) for _ in range(3)]
+            assert {s for s, _ in await ended(c, *instances)} == {"completed"}
+            other.execute("COMMIT")
+            await until(lambda: c.one("SELECT count(*) FROM duroxide.queue") == 0)
+        assert {c.outcome(i) for i in held} == {("cancelled", "canceled: x")}
+
+
+async def test_poll_says_when_the_next_one_is_due(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        c.start(sql("SELECT 1"))
+        c.execute("UPDATE duroxide.queue SET wake_at = '2030-01-01T00:00:00Z'")
+        async with opened(database18) as store:
+            found = await store.poll(10)
+            assert (found.claims, found.next_due) == ([], datetime(2030, 1, 1, tzinfo=UTC))
+            c.execute("UPDATE duroxide.queue SET wake_at = 'infinity'")
+            assert (await store.poll(10)).next_due is None
+            here = c.one("SELECT clock_timestamp()")
+            assert abs(store.clock.now() - here) < timedelta(seconds=5)
+
+
+async def test_lost_workers_are_reaped(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        instance = c.start(sql("SELECT 1"))
+        async with opened(database18, lease=1.0) as first, opened(database18, lease=3600.0) as second:
+            assert len((await first.poll(10)).claims) == 1
+            assert (await second.poll(10)).claims == []
+            c.execute("UPDATE duroxide.workers SET heartbeat_at = heartbeat_at - interval '10 s' WHERE id::text = %s",
+                      first.worker_id)
+            assert await second.heartbeat() is True
+            assert await first.heartbeat() is False
+            [claim] = (await second.poll(10)).claims
+            assert (claim.instance_id, claim.fresh, claim.crashes) == (instance, False, 1)
+            assert await second.owned() == [instance]
+            assert await first.owned() == []
+
+
+async def test_an_instance_deleted_behind_the_worker_s_back(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        instance = c.start(sql("SELECT 1"))
+        c.execute("DELETE FROM duroxide.instances")
+        async with opened(database18) as store:
+            assert len((await store.poll(10)).claims) == 1
+            assert await store.load([instance], []) == {}
+        assert c.one("SELECT count(*) FROM duroxide.queue") == 0
+
+
+async def test_identity_report(database18: Database) -> None:
+    await install(database18)
+    async with opened(database18) as store:
+        report = await Identities(settings(database18), store).report()
+        assert report == f"steps of {database18.owner} run as itself; 0 other role(s) through executor logins"
+
+
+def test_checkpoint_arguments() -> None:
+    changes = Changes(
+        rows=[Checkpoint("", 1, "decided", "then"), Checkpoint("", 2, "completed", '{"x":"é"}')], consumed=[3, 4],
+        prune=['/1:1"\\'], keep=[("", 1)], finish=Finish("completed", '{"x":"é"}'))
+    assert checkpoint_arguments("id", "token", changes, big=("", 2), park="infinity") == [
+        "id", "token",
+        '[{"execution":"","node":1,"event":"decided","result":"then"},'
+        '{"execution":"","node":2,"event":"completed","big":true}]',
+        '{"x":"é"}', "{3,4}", '{"/1:1\\"\\\\"}', '[["",1]]', "infinity",
+        '{"status":"completed","output_is_result":true}']
+    assert checkpoint_arguments("id", "token", Changes()) == ["id", "token", "[]"] + [None] * 6
+
+
+def test_clock_prefers_sharp_readings() -> None:
+    clock = Clock()
+    clock.measure(100.0, 100.002, 1000.0)
+    sharp = clock._offset
+    clock.measure(101.0, 103.0, 5000.0)
+    assert clock._offset == sharp
+    clock.measure(140.0, 141.0, 2000.5)
+    assert clock._offset == 1860.0
+
+
+def test_life_and_death() -> None:
+    mine = Life.mine()
+    assert mine is not None
+    assert not is_dead(f"host:1 {mine}")
+    assert is_dead(f"host:1 {Life(mine.place, mine.pid, '1')}")
+    assert not is_dead(f"host:1 {Life('another machine', mine.pid, '1')}")
+    assert not is_dead("host:1")
+
+
+async def test_gate() -> None:
+    gate = Gate()
+    order = []
+
+    async def park(name: str, hold: asyncio.Event) -> None:
+        async with gate.park():
+            order.append(name)
+            await hold.wait()
+            order.append(name + " done")
+
+    async def poll() -> None:
+        async with gate.poll():
+            order.append("poll")
+
+    first, second = asyncio.Event(), asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(park("a", first))
+        group.create_task(park("b", first))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        group.create_task(poll())
+        await asyncio.sleep(0)
+        group.create_task(park("c", second))
+        await asyncio.sleep(0)
+        first.set()
+        second.set()
+    assert order == ["a", "b", "a done", "b done", "poll", "c", "c done"]
