@@ -1,0 +1,140 @@
+"""What the documentation shows is what happens: every SQL block and every example runs, in the setting that the text gives it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from proxy import demo
+from proxy.settings import Settings
+from tests.e2e.fix_dfproxy import Proxy
+from tests.fix_postgres import running_cluster, versions
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.sql"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
+SECURITY = ROOT / "docs" / "security.md"
+#: The last lines that an example prints.
+ENDS = {
+    "approval": ["completed", "approved"],
+    "first-answer-wins": ["completed", "arrived"],
+    "order-trigger": ["1|completed", "2|completed", "1|t|12.50", "2|t|99.00"],
+    "process-documents": ["1000|3000"],
+    "without-operators": ["1"],
+}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language, without their fences."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def without_comments(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not line.startswith("--")).strip()
+
+
+class Production:
+    """A server that was set up by the statements of docs/security.md, with a proxy in front of it."""
+
+    def __init__(self, proxy: Proxy, bin_dir: Path) -> None:
+        self.proxy = proxy
+        self.bin_dir = bin_dir
+
+    def psql(self, script: str, user: str = "app") -> list[str]:
+        """What psql prints, line by line; the script must not fail."""
+        done = subprocess.run([str(self.bin_dir / "psql"), "-X", "-At", "-q", "-v", "ON_ERROR_STOP=1", self.proxy.dsn(user, "mydb")],
+                              input=script, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "WARNING" not in done.stderr, done.stderr
+        return [line.rstrip() for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Production]:
+    with running_cluster(versions()[0]) as cluster:
+        with psycopg.connect(cluster.dsn(), autocommit=True) as c:
+            c.execute("CREATE ROLE app LOGIN")
+            c.execute("CREATE DATABASE mydb OWNER app")
+        with psycopg.connect(cluster.dsn(database="mydb"), autocommit=True) as c:
+            for block in blocks(SECURITY, "sql"):
+                c.execute(block)
+        proxy = Proxy(cluster.dsn(user="dfproxy", database="mydb"))
+        subprocess.run([sys.executable, "-m", "proxy.cli", "init", "--grant", "app"], check=True,
+                       env=os.environ | {"DFPROXY_UPSTREAM": proxy.upstream})
+        proxy.start()
+        try:
+            yield Production(proxy, cluster.bin_dir)
+        finally:
+            assert proxy.stop() == 0
+
+
+@pytest.fixture
+def production(server: Production) -> Production:
+    """The server, with nothing left of an earlier example."""
+    server.psql("SET client_min_messages = error; DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    return server
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda p: p.stem)
+def test_examples(production: Production, example: Path) -> None:
+    printed = production.psql(example.read_text())
+    wanted = ENDS[example.stem]
+    assert printed[-len(wanted):] == wanted
+
+
+def test_the_workflow_of_the_readme_prints_what_the_readme_shows(production: Production) -> None:
+    (workflow,) = blocks(ROOT / "README.md", "sql")
+    (shown,) = blocks(ROOT / "README.md", "text")
+    printed = "\n".join(production.psql(workflow)) + "\n"
+    anonymous = re.compile("[0-9a-f]{8}(?= \\(process-documents)")
+    assert anonymous.sub("-", printed) == anonymous.sub("-", shown)
+
+
+def test_readme_example_and_demo_show_the_same_workflow() -> None:
+    (workflow,) = blocks(ROOT / "README.md", "sql")
+    example = without_comments((ROOT / "examples" / "process-documents.sql").read_text())
+    assert workflow.strip() == example
+    assert demo.WORKFLOW.strip() in example
+
+
+def test_statements_of_the_operations_guide(production: Production) -> None:
+    for block in blocks(ROOT / "docs" / "operations.md", "sql"):
+        production.psql(block, user="dfproxy")
+
+
+def test_no_page_has_sql_that_no_test_runs() -> None:
+    with_sql = {p.relative_to(ROOT).as_posix() for p in PAGES if blocks(p, "sql")}
+    assert with_sql == {"README.md", "docs/operations.md", "docs/security.md"}
+    assert {p.stem for p in EXAMPLES} == set(ENDS)
+    assert {p.name for p in EXAMPLES} == set(re.findall(r"\]\((\S+\.sql)\)", (ROOT / "examples/README.md").read_text()))
+
+
+def test_the_settings_table_is_the_settings() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+
+    def shown(value: object) -> str:
+        if isinstance(value, bool):
+            return "on" if value else "off"
+        if isinstance(value, float):
+            return f"{value:g}"
+        return "none" if value in (None, ()) else str(value)
+
+    assert rows == [(name, shown(f.default), f.description) for name, f in Settings.model_fields.items()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_readme_fits_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
