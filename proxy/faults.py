@@ -16,6 +16,7 @@ from engine.migrate import MigrationError
 from proxy.embedded import EmbeddedError
 from proxy.logs import redact
 from proxy.settings import SettingsError
+from proxy.wire.tls_options import TlsConfigError
 
 
 class UserError(Exception):
@@ -47,7 +48,7 @@ def explain(error: BaseException, *, where: str = "the server") -> str | None:
     """One sentence about `error`, or None where it is no fault of the user's. `where` names the upstream."""
     error = _single(error)
     match error:
-        case UserError() | SettingsError() | EmbeddedError() | MigrationError():
+        case UserError() | SettingsError() | EmbeddedError() | MigrationError() | TlsConfigError():
             text = str(error)
         case asyncpg.InvalidPasswordError() | asyncpg.InvalidAuthorizationSpecificationError():
             text = (f"PostgreSQL at {where} refused the login: {_said(error)}. "

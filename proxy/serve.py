@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -55,6 +56,26 @@ def stop_on_signals() -> asyncio.Event:
     return stop
 
 
+@contextlib.contextmanager
+def on_hangup(reload: Callable[[], None], stop: asyncio.Event) -> Iterator[None]:
+    """Calls `reload` at each SIGHUP; sets `stop` instead if the signal came because the terminal has gone."""
+    loop = asyncio.get_running_loop()
+    had_terminal = os.isatty(0)
+
+    def on_signal() -> None:
+        if had_terminal and not os.isatty(0):
+            stop.set()
+        else:
+            reload()
+
+    loop.add_signal_handler(signal.SIGHUP, on_signal)
+    try:
+        yield
+    finally:
+        # Not back to the default, which would end the process in the middle of its orderly stop.
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+
+
 @dataclass(frozen=True)
 class Ready:
     """The server is there and its schemas are installed: what is left is to serve."""
@@ -80,6 +101,7 @@ async def prepared(settings: Settings) -> AsyncIterator[Ready]:
         databases: tuple[str, ...] = ()
         if settings.engine:
             databases = await wiring.install(settings)
+            settings = await wiring.with_shared_secret(settings, databases)
         if local is not None and settings.engine:
             await local.grant()
         yield Ready(settings, databases, local)
@@ -87,6 +109,7 @@ async def prepared(settings: Settings) -> AsyncIterator[Ready]:
 
 async def serve(settings: Settings) -> int:
     """Runs the proxy, with a worker unless `engine` is off, until SIGTERM or SIGINT. Returns the exit status."""
+    wiring.check_tls(settings)
     stop = stop_on_signals()
     async with prepared(settings) as ready:
         if settings.processes > 1:
@@ -117,8 +140,9 @@ async def serve_here(ready: Ready, stop: asyncio.Event, *, announce: Callable[[i
     async with _listening(server, settings), asyncio.TaskGroup() as group:
         for worker in workers:
             group.create_task(worker.run())
-        await announce(server.port)
-        await stop.wait()
+        with on_hangup(server.reload, stop):
+            await announce(server.port)
+            await stop.wait()
         log.info("stopping", grace=settings.drain_timeout)
         await _all([server.drain(), *(worker.stop(settings.drain_timeout) for worker in workers)])
 
@@ -141,6 +165,7 @@ async def work(settings: Settings) -> int:
 
     stop = stop_on_signals()
     databases = await wiring.install(settings)
+    settings = await wiring.with_shared_secret(settings, databases)
     workers = [Worker(wiring.engine_settings(settings, name)) for name in databases]
     async with asyncio.TaskGroup() as group:
         for worker in workers:

@@ -12,9 +12,9 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 PREFIX = "DFPROXY_"
 CONFIG_NAME = "dfproxy.toml"
@@ -90,6 +90,16 @@ class Settings(BaseModel):
     max_client_connections: int = Field(1000, ge=1, le=1_000_000, description="clients at a time, per process")
     startup_timeout: float = Field(30.0, gt=0, le=3600, description="for a client's start-up and authentication")
 
+    # TLS and passwords of clients. What the server is told stands in the upstream: sslmode, sslrootcert, ...
+    tls_cert: Path | None = Field(None, description="certificate (PEM, with its chain) for clients; none: no TLS")
+    tls_key: Path | None = Field(None, description="the certificate's private key (PEM)")
+    tls_client_ca: Path | None = Field(None, description="clients need a certificate that one of these signed (PEM)")
+    tls_min_version: Literal["TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"] = Field(
+        "TLSv1.2", description="oldest TLS for clients")
+    tls_required: bool = Field(False, description="refuse clients without TLS")
+    auth: Literal["auto", "relay", "password"] = Field(
+        "auto", description="who answers the server's question for a password: auto, relay, password")
+
     # Who may, and as whom
     secret: SecretStr | None = Field(None, description="executor passwords derive from it; none: kept in the database")
     enable_superuser_instances: bool = Field(False, description="let superusers submit workflows")
@@ -107,6 +117,14 @@ class Settings(BaseModel):
     loop_history_rounds: int = Field(10, ge=0, le=100_000, description="finished loop rounds whose history is kept")
     max_crashes: int = Field(10, ge=1, le=1000, description="lost workers after which a workflow is given up")
     list_instances_max_limit: int = Field(1000, ge=1, le=1_000_000, description="most rows of df.list_instances")
+
+    @model_validator(mode="after")
+    def _check_tls(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: give both")
+        if self.tls_cert is None and (self.tls_required or self.tls_client_ca is not None):
+            raise ValueError("tls_required and tls_client_ca need tls_cert and tls_key")
+        return self
 
     @property
     def address(self) -> tuple[str, int]:

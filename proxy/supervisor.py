@@ -21,7 +21,7 @@ import structlog
 
 from proxy.faults import cannot_listen
 from proxy.logs import configure
-from proxy.serve import Ready, announce, run, serve_here, stop_on_signals
+from proxy.serve import Ready, announce, on_hangup, run, serve_here, stop_on_signals
 from proxy.settings import Settings
 
 log = structlog.get_logger("dfproxy.supervisor")
@@ -46,13 +46,21 @@ async def supervise(ready: Ready, stop: asyncio.Event) -> int:
                 await event.wait()
             await announce(ready, port)
 
+        live: set[asyncio.subprocess.Process] = set()
+
+        def reload() -> None:
+            for process in live:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGHUP)
+
         async with asyncio.TaskGroup() as group:
             helpers = [group.create_task(say_when_ready())]
             if ready.local is not None:
                 helpers.append(group.create_task(ready.local.watch()))
-            children = [group.create_task(_keep(n, handed, stop, event, settings.drain_timeout))
+            children = [group.create_task(_keep(n, handed, stop, event, live, settings.drain_timeout))
                         for n, event in enumerate(started)]
-            await asyncio.wait(children)
+            with on_hangup(reload, stop):
+                await asyncio.wait(children)
             for helper in helpers:
                 helper.cancel()
     return 0
@@ -79,12 +87,13 @@ def _held(host: str, port: int) -> Iterator[int]:
         yield int(held.getsockname()[1])
 
 
-async def _keep(number: int, handed: bytes, stop: asyncio.Event, started: asyncio.Event, grace: float) -> None:
+async def _keep(number: int, handed: bytes, stop: asyncio.Event, started: asyncio.Event,
+                live: set[asyncio.subprocess.Process], grace: float) -> None:
     """One child, started again whenever it ends by itself, until `stop`."""
     pause = 0.0
     while not stop.is_set():
         since = time.monotonic()
-        status = await _child(number, handed, stop, started, grace)
+        status = await _child(number, handed, stop, started, live, grace)
         if stop.is_set():
             return
         pause = 0.0 if time.monotonic() - since > SETTLED else min(max(0.2, pause * 2), LONGEST_PAUSE)
@@ -93,11 +102,11 @@ async def _keep(number: int, handed: bytes, stop: asyncio.Event, started: asynci
             await asyncio.wait_for(stop.wait(), pause)
 
 
-async def _child(number: int, handed: bytes, stop: asyncio.Event, started: asyncio.Event, grace: float) -> int:
+async def _child(number: int, handed: bytes, stop: asyncio.Event, started: asyncio.Event,
+                 live: set[asyncio.subprocess.Process], grace: float) -> int:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "proxy.supervisor", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE)
     assert process.stdin is not None
-    assert process.stdout is not None
     try:
         with contextlib.suppress(ConnectionError):
             process.stdin.write(handed + b"\n")
@@ -105,7 +114,7 @@ async def _child(number: int, handed: bytes, stop: asyncio.Event, started: async
         async with asyncio.TaskGroup() as group:
             stopping = group.create_task(stop.wait())
             ending = group.create_task(process.wait())
-            hearing = group.create_task(_hear(process.stdout, started))
+            hearing = group.create_task(_hear(process, started, live))
             await asyncio.wait((stopping, ending), return_when=asyncio.FIRST_COMPLETED)
             stopping.cancel()
             if not ending.done():
@@ -117,16 +126,20 @@ async def _child(number: int, handed: bytes, stop: asyncio.Event, started: async
                     process.kill()
             hearing.cancel()
     finally:
+        live.discard(process)
         if process.returncode is None:
             process.kill()
             await process.wait()
     return process.returncode or 0
 
 
-async def _hear(stdout: asyncio.StreamReader, started: asyncio.Event) -> None:
-    async for line in stdout:
+async def _hear(process: asyncio.subprocess.Process, started: asyncio.Event,
+                live: set[asyncio.subprocess.Process]) -> None:
+    assert process.stdout is not None
+    async for line in process.stdout:
         if line == READY:
             started.set()
+            live.add(process)  # it knows what to do with SIGHUP by now
 
 
 # -- the child --------------------------------------------------------------------------------------------

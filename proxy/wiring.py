@@ -12,8 +12,10 @@ import proxy
 from engine import migrate
 from engine.settings import EngineSettings
 from proxy import dsn, faults
+from proxy.authentication import AuthMode
 from proxy.server import ProxyConfig
 from proxy.settings import Settings
+from proxy.tls import ServerTls, ServerTlsFiles, UpstreamTls
 from proxy.upstream import Upstream
 
 log = structlog.get_logger("dfproxy")
@@ -43,7 +45,26 @@ def proxy_config(settings: Settings, *, reuse_port: bool = False) -> ProxyConfig
         host=host, port=port, upstream=Upstream.parse(settings.dsn), reuse_port=reuse_port,
         startup_timeout=settings.startup_timeout, drain_timeout=settings.drain_timeout,
         max_client_connections=settings.max_client_connections,
+        tls=tls_files(settings), tls_required=settings.tls_required, auth=AuthMode(settings.auth),
     )
+
+
+def check_tls(settings: Settings) -> None:
+    """Reads every certificate and key once, before anything is started. Raises TlsConfigError."""
+    files = tls_files(settings)
+    if files is not None:
+        ServerTls(files)
+    if settings.upstream is not None:
+        UpstreamTls(Upstream.parse(settings.dsn).tls)
+
+
+def tls_files(settings: Settings) -> ServerTlsFiles | None:
+    """What clients are shown; None: there is no TLS for clients."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return ServerTlsFiles(
+        str(settings.tls_cert), str(settings.tls_key),
+        str(settings.tls_client_ca) if settings.tls_client_ca is not None else None, settings.tls_min_version)
 
 
 def engine_settings(settings: Settings, database: str) -> EngineSettings:
@@ -108,6 +129,21 @@ async def install(settings: Settings) -> tuple[str, ...]:
     return tuple(done)
 
 
+async def with_shared_secret(settings: Settings, databases: tuple[str, ...]) -> Settings:
+    """The same settings, with a secret for all databases of the server.
+
+    Roles belong to the whole server, and so do executor logins: each database with a secret of its own would set
+    passwords that the others do not know. The first database's secret serves all.
+    """
+    if settings.secret is not None or len(databases) < 2:
+        return settings
+    connection = await connect(settings.dsn)
+    try:
+        return settings.model_copy(update={"secret": hide(await connection.fetchval("SELECT value FROM duroxide.secret"))})
+    finally:
+        await connection.close()
+
+
 async def _mirror(uri: str, settings: Settings) -> None:
     """Writes the settings that SQL functions need to duroxide.settings."""
     values = {
@@ -140,7 +176,10 @@ async def report(settings: Settings) -> Report:
     warnings = []
     host, _ = settings.address
     if host not in ("127.0.0.1", "::1", "localhost"):
-        warnings.append(f"listening on {host} without TLS: queries, results and some logins pass in clear")
+        if settings.tls_cert is None:
+            warnings.append(f"listening on {host} without TLS: queries, results and some logins pass in clear")
+        elif not settings.tls_required and settings.tls_client_ca is None:
+            warnings.append(f"listening on {host}, and clients may come without TLS: tls_required refuses them")
     if settings.allow_set_role:
         warnings.append("allow_set_role is on: a step can leave its role with RESET ROLE")
     if not settings.engine:
