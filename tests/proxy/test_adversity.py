@@ -10,7 +10,7 @@ import struct
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psycopg
 import pytest
@@ -76,6 +76,24 @@ def backends(database: Database) -> int:
         ).fetchone()
     assert row is not None
     return int(row[0])
+
+
+@contextlib.contextmanager
+def cancelling(cancel: Callable[[], object]) -> Iterator[None]:
+    """Cancels again and again, since a request that comes before the query has begun does nothing."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(0.1):
+            cancel()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 # --- before there is a session ---
@@ -187,11 +205,8 @@ def test_too_many_clients(database18: Database) -> None:
             with pytest.raises(psycopg.OperationalError, match="too many clients"):
                 psycopg.connect(proxy.dsn(database18))
             # Cancel requests are served nevertheless.
-            timer = threading.Timer(0.2, first.cancel_safe)
-            timer.start()
-            with pytest.raises(psycopg.errors.QueryCanceled):
+            with pytest.raises(psycopg.errors.QueryCanceled), cancelling(first.cancel_safe):
                 first.execute("SELECT pg_sleep(600)")
-            timer.join()
         eventually(lambda: proxy.server.clients == 0)
         assert serves(proxy, database18)
 
@@ -361,15 +376,12 @@ def test_ctrl_c_in_psql(database: Database, proxied: RunningProxy) -> None:
 
 def test_a_cancel_request_reaches_its_own_session(database18: Database, proxied18: RunningProxy) -> None:
     with psycopg.connect(proxied18.dsn(database18)) as one, psycopg.connect(proxied18.dsn(database18)) as two:
-        timer = threading.Timer(0.2, one.cancel_safe)
-        timer.start()
         done: list[object] = []
         other = threading.Thread(target=lambda: done.append(two.execute("SELECT pg_sleep(0.8)").fetchone()))
         other.start()
-        with pytest.raises(psycopg.errors.QueryCanceled):
+        with pytest.raises(psycopg.errors.QueryCanceled), cancelling(one.cancel_safe):
             one.execute("SELECT pg_sleep(600)")
         other.join(30)
-        timer.join()
         assert done == [("",)]
 
 
@@ -382,11 +394,8 @@ def test_a_cancel_request_goes_to_the_host_of_its_session() -> None:
             with psycopg.connect(dsn) as c:
                 assert c.execute("SHOW port").fetchone() == (str(second.port),)
                 first.start()  # new sessions go there again; the old one's key does not
-                timer = threading.Timer(0.2, c.cancel_safe)
-                timer.start()
-                with pytest.raises(psycopg.errors.QueryCanceled):
+                with pytest.raises(psycopg.errors.QueryCanceled), cancelling(c.cancel_safe):
                     c.execute("SELECT pg_sleep(600)")
-                timer.join()
                 # Another process of the proxy does not know the key, and asks every host.
                 with running_proxy(f"postgresql://127.0.0.1:{first.port},127.0.0.1:{second.port}/") as sibling:
                     key = next(iter(proxy.server.keys))
@@ -397,11 +406,8 @@ def test_a_cancel_request_goes_to_the_host_of_its_session() -> None:
                             s.sendall(build.cancel_request(*key))
                             assert rest(s) == b""
 
-                    timer = threading.Timer(0.2, cancel)
-                    timer.start()
-                    with pytest.raises(psycopg.errors.QueryCanceled):
+                    with pytest.raises(psycopg.errors.QueryCanceled), cancelling(cancel):
                         c.execute("SELECT pg_sleep(600)")
-                    timer.join()
         assert proxy.server.keys == {}
 
 

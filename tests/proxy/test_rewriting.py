@@ -302,12 +302,14 @@ def test_a_commit_after_a_mention_wakes(database18: Database, proxied18: Running
 
 
 def test_a_wake_up_is_not_lost_to_an_earlier_reply(database18: Database, proxied18: RunningProxy) -> None:
-    with Wire(proxied18, database18) as wire:
-        # The reply to the first statement says idle while the second, which matters, is still being worked on.
-        wire.send(build.query("SELECT pg_sleep(0.2)"), build.query("BEGIN; SELECT df.one()"), build.query("COMMIT"))
+    with Wire(proxied18, database18) as wire, psycopg.connect(database18.dsn(), autocommit=True) as other:
+        other.execute("SELECT pg_advisory_lock(1)")
+        # The reply to the first statement says idle while the second, which matters, still waits.
+        wire.send(build.query("SELECT 1"), build.query("SELECT df.one(), pg_advisory_lock(1)"), build.query("SELECT 2"))
         frames = wire.until_ready(1)
         assert frames[-1].payload[0] == TransactionStatus.IDLE
         assert proxied18.commits == []
+        other.execute("SELECT pg_advisory_unlock(1)")
         wire.until_ready(2)
         assert len(proxied18.commits) == 1
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 
+import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -171,6 +173,9 @@ def test_with_a_real_server(database: Database) -> None:
     wire.until(Backend.READY_FOR_QUERY)
 
     wire.send(build.query("SELECT pg_sleep(600)"))
+    with psycopg.connect(database.superuser_dsn, autocommit=True) as admin:
+        while admin.execute("SELECT state FROM pg_stat_activity WHERE pid = %s", (key[0],)).fetchone() != ("active",):
+            time.sleep(0.01)
     with socket.create_connection(("127.0.0.1", database.cluster.port or 0), timeout=30) as other:
         other.sendall(build.cancel_request(*key))
         assert other.recv(1) == b""
