@@ -11,7 +11,9 @@ from proxy.settings import Settings
 
 async def init(settings: Settings, grants: Sequence[str] = ()) -> int:
     """Installs or upgrades the schemas, lets the roles of `grants` use df.*, and repairs executor logins."""
-    for name in await wiring.install(settings):
+    databases = await wiring.install(settings)
+    settings = await wiring.with_shared_secret(settings, databases)
+    for name in databases:
         uri = dsn.with_database(settings.dsn, name)
         connection = await wiring.connect(uri)
         try:

@@ -305,7 +305,10 @@ async def doctor(settings: Settings) -> int:
     console = Console(soft_wrap=False)
     colour = {Level.OK: "green", Level.NOTE: "yellow", Level.PROBLEM: "bold red"}
     problems = 0
-    for name in await wiring.databases(settings):
+    databases = await wiring.databases(settings)
+    with contextlib.suppress(asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):  # not installed: a finding
+        settings = await wiring.with_shared_secret(settings, databases)
+    for name in databases:
         here = settings.model_copy(update={"upstream": wiring.hide(dsn.with_database(settings.dsn, name))})
         table = Table("check", "", "found", "what to do", title=dsn.show(here.dsn), title_justify="left")
         for f in await examine(here):

@@ -139,9 +139,10 @@ async def with_shared_secret(settings: Settings, databases: tuple[str, ...]) -> 
         return settings
     connection = await connect(settings.dsn)
     try:
-        return settings.model_copy(update={"secret": hide(await connection.fetchval("SELECT value FROM duroxide.secret"))})
+        secret = await connection.fetchval("SELECT value FROM duroxide.secret")
     finally:
         await connection.close()
+    return settings.model_copy(update={"secret": hide(secret)})
 
 
 async def _mirror(uri: str, settings: Settings) -> None:

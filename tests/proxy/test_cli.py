@@ -387,3 +387,37 @@ ignore_startup_parameters = extra_float_digits,options
         finally:
             bouncer.terminate()
             bouncer.wait(10)
+
+
+# -- several databases -------------------------------------------------------------------------------------
+
+
+def test_two_databases_share_executor_logins(tmp_path: Path, database18: Database) -> None:
+    """Roles belong to the server: both databases' workers must agree on the password of a role's executor."""
+    role, other = "app_" + database18.name, database18.name + "_b"
+    with psycopg.connect(database18.superuser_dsn, autocommit=True) as c:
+        names = {"role": sql.Identifier(role), "owner": sql.Identifier(database18.owner), "db": sql.Identifier(other)}
+        c.execute(sql.SQL("CREATE ROLE {role} LOGIN").format(**names))
+        c.execute(sql.SQL("GRANT {role} TO {owner} WITH ADMIN OPTION").format(**names))
+        c.execute(sql.SQL("CREATE DATABASE {db} OWNER {owner}").format(**names))
+        c.execute(sql.SQL("GRANT CREATE ON DATABASE {db} TO {role}").format(**names))
+        try:
+            both = {"DFPROXY_UPSTREAM": database18.dsn(), "DFPROXY_DATABASES": other}
+            done = call(tmp_path, "init", "--grant", role, **both)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("may use df.*") == 2
+            with running(tmp_path, "serve", "--listen", "127.0.0.1:0", **both) as it:
+                for name in (database18.name, other):
+                    with psycopg.connect(f"postgresql://{role}@127.0.0.1:{it.port}/{name}", autocommit=True) as s:
+                        row = s.execute("SELECT df.start('SELECT current_database() AS db, current_user AS me')").fetchone()
+                        assert s.execute("SELECT df.await_instance(%s, 30)", row).fetchone() == ("completed",)
+                        result = s.execute("SELECT df.result(%s)", row).fetchone()
+                        assert result is not None
+                        assert f'"db": "{name}"' in result[0].replace('":"', '": "')
+                        assert f'"me": "{role}"' in result[0].replace('":"', '": "')
+                checked = call(tmp_path, "doctor", **both)
+                assert checked.returncode == 0, checked.stdout
+                assert it.stop() == 0
+                assert "password" not in it.err.read_text()
+        finally:
+            c.execute(sql.SQL("DROP DATABASE {db} WITH (FORCE)").format(**names))
