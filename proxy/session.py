@@ -67,6 +67,14 @@ _LINGER: Final = 10.0
 
 Key = tuple[int, bytes]
 
+# Plain integers for what runs on every message: looking up a member of an enumeration takes as long as the rest of it.
+_QUERY: Final = int(Frontend.QUERY)
+_PARSE: Final = int(Frontend.PARSE)
+_EXECUTE: Final = int(Frontend.EXECUTE)
+_PASSWORD: Final = int(Frontend.PASSWORD)
+_READY_FOR_QUERY: Final = int(Backend.READY_FOR_QUERY)
+_BETWEEN_TRANSACTIONS: Final = int(TransactionStatus.IDLE)
+
 
 class Host(Protocol):
     """What a session needs from the server that it belongs to."""
@@ -140,6 +148,7 @@ class Session:
         self._portals: dict[bytes, Statement] = {}
         self._touched = False  # df was mentioned since the last moment between transactions
         self._status: int | None = None
+        self._ready = False  # the first ReadyForQuery has come
         self._parameters = {"client_encoding": "UTF8", "server_encoding": "UTF8", "standard_conforming_strings": "on"}
         self._dialect = Dialect()
 
@@ -214,7 +223,7 @@ class Session:
     def idle(self) -> bool:
         """Whether the session is between transactions with nothing on its way."""
         return (
-            self._status == TransactionStatus.IDLE
+            self._status == _BETWEEN_TRANSACTIONS
             and self._conversation.idle
             and self._up.at_boundary
             and self._down.at_boundary
@@ -402,7 +411,7 @@ class Session:
                 if isinstance(item, int):
                     self._noted(item)
                 elif isinstance(item, Frame):
-                    if item.type == Frontend.PASSWORD:
+                    if item.type == _PASSWORD:
                         out.append(self._answered(item.payload))
                         if self._authenticator is not None and self._authenticator.answering:
                             # What comes after the password is not for the conversation that follows.
@@ -451,11 +460,11 @@ class Session:
     def _rewritten(self, frame: Frame, name: bytes, statement: Statement | None) -> bytes:
         """The message to send for a Query or Parse, which is noted and, if it mentions df, remembered."""
         self._conversation.sent(frame.type, statement)
-        if frame.type == Frontend.PARSE:
+        if frame.type == _PARSE:
             self._remember(self._statements, name, statement)
         if statement is None or statement.text is None:
             return frame.encode()
-        if frame.type == Frontend.QUERY:
+        if frame.type == _QUERY:
             return build.query(statement.text)
         rest = frame.payload[frame.payload.index(b"\0", len(name) + 1) + 1 :]
         return build.message(Frontend.PARSE, name + b"\0" + statement.text + b"\0" + rest)
@@ -547,21 +556,23 @@ class Session:
             self.dismiss()
 
     def _told(self, type_: int) -> None:
-        if self._startup.phase is not Phase.READY:
+        if not self._ready:
             self._advance(server_event(type_))
             return
         done = self._conversation.received(type_)
-        if done is not None and done.tag is not None and done.type == Frontend.EXECUTE:
+        if done is not None and done.tag is not None and done.type == _EXECUTE:
             self._touched = True
 
     def _read(self, frame: Frame) -> bytes:
         """What the client gets for a message of the server that is read."""
         payload = frame.payload
+        if frame.type == _READY_FOR_QUERY:
+            self._between(backend.transaction_status(payload))
+            if self._ready:
+                return frame.encode()
         match frame.type:
             case Backend.AUTHENTICATION:
                 return self._asked(payload)
-            case Backend.READY_FOR_QUERY:
-                self._ready(backend.transaction_status(payload))
             case Backend.ERROR_RESPONSE | Backend.NOTICE_RESPONSE:
                 payload = self._diagnosed(payload)
                 if frame.type == Backend.ERROR_RESPONSE:
@@ -570,7 +581,8 @@ class Session:
                 self._parameter(payload)
             case Backend.BACKEND_KEY_DATA:
                 self._registered(payload)
-        if self._startup.phase is not Phase.READY and self._advance(server_event(frame.type)) is Phase.READY:
+        if not self._ready and self._advance(server_event(frame.type)) is Phase.READY:
+            self._ready = True
             self._ready_modes(self._down.modes)
         return frame.encode() if payload is frame.payload else build.message(frame.type, payload)
 
@@ -657,12 +669,13 @@ class Session:
             return payload
         return payload if changed is None else changed
 
-    def _ready(self, status: int) -> None:
-        done = self._conversation.received(Backend.READY_FOR_QUERY)
+    def _between(self, status: int) -> None:
+        """ReadyForQuery: the reply to a request, or to a batch, is complete."""
+        done = self._conversation.received(_READY_FOR_QUERY)
         if done is not None and done.tag is not None:
             self._touched = True
         self._status = status
-        if status == TransactionStatus.IDLE and self._touched:
+        if status == _BETWEEN_TRANSACTIONS and self._touched:
             self._touched = False
             self._host.committed()
 
@@ -675,7 +688,7 @@ class Session:
 
 def _split(frame: Frame) -> tuple[bytes, bytes | None]:
     """Name (of a Parse) and statement; no statement where the message is malformed, which the server will say."""
-    if frame.type == Frontend.QUERY:
+    if frame.type == _QUERY:
         end = frame.payload.find(b"\0")
         return b"", frame.payload[:end] if end == len(frame.payload) - 1 and end >= 0 else None
     name, found, rest = frame.payload.partition(b"\0")
