@@ -30,8 +30,7 @@ CREATE TABLE duroxide.migrations (
 )
 """
 #: What df.explain draws with, for databases whose encoding lacks it.
-_PLAIN = str.maketrans({"✓": "+", "✗": "x", "⏳": "~", "○": "o", "⊘": "-", "→": ">", "║": "|", "├": "|", "└": "`", "─": "-",
-                        "│": "|", "↻": "@", "—": "-"})
+_PLAIN = str.maketrans("✓✗⏳○⊘→║├└─│↻—", "+x~o->||`-|@-")
 #: By catalog, since neither USAGE nor SELECT may be granted to who asks.
 _INSTALLED = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace

@@ -71,11 +71,16 @@ BEGIN
         v_type := v_node->>'type';
         IF v_type = 'THEN' THEN
             -- No line of its own: its steps follow one another at the same indent.
-            s_places[v_top + 1 : v_top + 2] := ARRAY[(v_node->>'right')::integer, (v_node->>'left')::integer];
-            s_prefixes[v_top + 1 : v_top + 2] := ARRAY[v_prefix, v_prefix];
-            s_connectors[v_top + 1 : v_top + 2] := ARRAY['→ ', v_connector];
-            s_bars[v_top + 1 : v_top + 2] := '{false,false}';
-            v_top := v_top + 2;
+            v_top := v_top + 1;
+            s_places[v_top] := (v_node->>'right')::integer;
+            s_prefixes[v_top] := v_prefix;
+            s_connectors[v_top] := '→ ';
+            s_bars[v_top] := false;
+            v_top := v_top + 1;
+            s_places[v_top] := (v_node->>'left')::integer;
+            s_prefixes[v_top] := v_prefix;
+            s_connectors[v_top] := v_connector;
+            s_bars[v_top] := false;
             CONTINUE;
         END IF;
         v_lines := v_lines || (v_prefix || v_connector || duroxide.explain_node(v_node) || COALESCE(' ' || markers[v_place + 1], ''));
@@ -94,11 +99,14 @@ BEGIN
             ELSE ARRAY(SELECT '║ branch ' || b || ':' FROM generate_series(1, cardinality(v_children)) b ORDER BY b) END;
         FOR k IN REVERSE cardinality(v_children) .. 1 LOOP
             v_bar := v_type IN ('JOIN', 'RACE') AND k < cardinality(v_children);
-            s_places[v_top + 1 : v_top + 2] := ARRAY[v_children[k], -1];
-            s_prefixes[v_top + 1 : v_top + 2] := ARRAY[v_below || '  ', v_below || v_heads[k]];
-            s_connectors[v_top + 1 : v_top + 2] := ARRAY[CASE WHEN v_bar THEN '├─' ELSE '└─' END, ''];
-            s_bars[v_top + 1 : v_top + 2] := ARRAY[v_bar, false];
-            v_top := v_top + 2;
+            v_top := v_top + 1;
+            s_places[v_top] := v_children[k];
+            s_prefixes[v_top] := v_below || '  ';
+            s_connectors[v_top] := CASE WHEN v_bar THEN '├─' ELSE '└─' END;
+            s_bars[v_top] := v_bar;
+            v_top := v_top + 1;
+            s_places[v_top] := -1;
+            s_prefixes[v_top] := v_below || v_heads[k];
         END LOOP;
     END LOOP;
     -- A step's text may have several lines; all are as wide as the widest and four more.

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from engine.migrate import migrate
 from tests.fix_postgres import Cluster, Database, fresh_database
 
 Connection = psycopg.Connection[Any]
+_counter = itertools.count(1)
 
 
 def value(connection: Connection, query: str, *arguments: Any) -> Any:
@@ -59,19 +62,36 @@ def shared_surface(cluster: Cluster, pg_version: int) -> Iterator[Database]:
         yield database
 
 
-@pytest.fixture
-def df(shared_surface: Database) -> Iterator[Connection]:
-    """The owner's session on each version, in a transaction that is rolled back."""
-    with psycopg.connect(shared_surface.dsn()) as connection:
-        yield connection
-        connection.rollback()
+@pytest.fixture(scope="session")
+def _shared_session(shared_surface: Database) -> Iterator[Connection]:
+    connection = psycopg.connect(shared_surface.dsn())
+    yield connection
+    connection.close()
 
 
 @pytest.fixture
-def surface(cluster: Cluster, pg_version: int) -> Iterator[Database]:
-    """A database of its own with the schemas, on each version."""
+def df(_shared_session: Connection) -> Iterator[Connection]:
+    """The owner's session on each version, in a transaction that is rolled back. All tests share the session."""
+    yield _shared_session
+    _shared_session.rollback()
+
+
+@pytest.fixture(scope="session")
+def _surface_template(cluster: Cluster, pg_version: int) -> Iterator[Database]:
     with installed_database(cluster, pg_version) as database:
         yield database
+
+
+@pytest.fixture
+def surface(_surface_template: Database) -> Iterator[Database]:
+    """A database of its own with the schemas, on each version; a copy, which is quicker than an installation."""
+    template = _surface_template
+    database = replace(template, name=f"{template.name}_{next(_counter)}")
+    names = [sql.Identifier(n) for n in (database.name, template.name, template.owner)]
+    with psycopg.connect(template.cluster.dsn(), autocommit=True) as c:
+        c.execute(sql.SQL("CREATE DATABASE {} TEMPLATE {} OWNER {}").format(*names))
+        yield database
+        c.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(names[0]))
 
 
 @dataclass

@@ -353,7 +353,7 @@ def drive(player: Player, tree: dict[str, Any], choose: Callable[[int], int]) ->
     return instance, None
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(tree=trees(), data=st.data())
 def test_the_derivation_agrees_with_the_interpreter(shared_surface: Database, tree: dict[str, Any], data: st.DataObject) -> None:
     """The root's derived end is the end that the interpreter came to, from the checkpoints alone."""
