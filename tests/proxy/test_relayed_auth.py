@@ -69,7 +69,7 @@ def test_what_the_server_refuses_is_told_in_its_words(proxied_guard: RunningProx
         psycopg.connect(host="127.0.0.1", port=proxied_guard.port, user="trust", dbname="nowhere")
 
 
-def test_encryption_that_is_required_is_not_there_yet(proxied_guard: RunningProxy) -> None:
+def test_encryption_that_is_required_takes_a_certificate(proxied_guard: RunningProxy) -> None:
     with pytest.raises(psycopg.OperationalError, match="server does not support SSL"):
         psycopg.connect(host="127.0.0.1", port=proxied_guard.port, user="trust", dbname="postgres", sslmode="require")
 
