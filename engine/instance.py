@@ -21,7 +21,19 @@ from engine.connection import ConnectionLostError, ServerError
 from engine.identity import Identities, IdentityError
 from engine.interpreter import Interpreter
 from engine.model import Changes, Checkpoint, Finish, Key, Step, StepError
-from engine.runner import Committed, Failed, Job, NoSlot, Outcome, Ready, Runner, back_off, is_transient, step_error
+from engine.runner import (
+    AWAY,
+    Committed,
+    Failed,
+    Job,
+    NoSlot,
+    Outcome,
+    Ready,
+    Runner,
+    back_off,
+    is_transient,
+    step_error,
+)
 from engine.settings import EngineSettings
 from engine.store import (
     LEASE_LOST,
@@ -194,7 +206,7 @@ class HeldInstance:
                 if not is_infrastructure(e):
                     raise
                 self._attempt += 1
-                await asyncio.sleep(back_off(self._settings, self._attempt))
+                await asyncio.sleep(min(back_off(self._settings, self._attempt), AWAY))
                 continue
             if self.instance_id not in found:
                 raise LeaseLostError(self.instance_id)

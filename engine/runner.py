@@ -45,7 +45,7 @@ _OUTSIDE_STATES = frozenset({"25001", "2D000"})
 _LATER_CLASSES = ("53", "57P", "08", "58")
 _BAD_LOGIN = frozenset({"28P01", "28000"})
 #: Longest pause in seconds before the next try to reach a server that is away.
-AWAY = 2.0
+AWAY = 1.0
 #: Encoding more than this many bytes happens in a thread.
 _THREAD_BYTES = 256 * 1024
 

@@ -15,7 +15,7 @@ import structlog
 
 from engine.identity import Identities
 from engine.instance import Gate, HeldInstance, Surroundings
-from engine.runner import Runner, back_off
+from engine.runner import AWAY, Runner, back_off
 from engine.settings import EngineSettings
 from engine.store import Claim, LoadedInstance, Store, is_infrastructure
 
@@ -197,7 +197,7 @@ class Worker:
                     raise
                 attempt += 1
                 log.warning("poll failed", reason=str(e) or type(e).__name__)
-                await self._pause(min(back_off(settings, attempt), settings.lease / 3))
+                await self._pause(min(back_off(settings, attempt), AWAY))
                 continue
             self.statistics.polls += 1
             self.statistics.claimed += len(claims)
@@ -273,7 +273,7 @@ class Worker:
                     raise
                 attempt += 1
                 log.warning("claimed instances can't be read yet", reason=str(e) or type(e).__name__)
-                await asyncio.sleep(back_off(self.settings, attempt))
+                await asyncio.sleep(min(back_off(self.settings, attempt), AWAY))
 
     async def _hold(self, instance: HeldInstance, loaded: LoadedInstance, store: Store) -> None:
         """Runs one instance; whatever is wrong with it stays with it."""
