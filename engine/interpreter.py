@@ -173,10 +173,9 @@ class IfFrame(Frame):
         name = self.node.if_rows_name or ""
         result = self.scope.visible().get(name)
         if result is None:
-            run.end(self, Failed(StepError(f"df.if_rows: result '{name}' not found", "22023")))
+            self._fail(run, f"df.if_rows: result '{name}' not found")
         elif (count := row_count(result)) is None:
-            message = f"df.if_rows: result '{name}' is not a SQL result (missing row_count)"
-            run.end(self, Failed(StepError(message, "22023")))
+            self._fail(run, f"df.if_rows: result '{name}' is not a SQL result (missing row_count)")
         else:
             self._choose(run, count > 0)
 
@@ -185,6 +184,11 @@ class IfFrame(Frame):
             self._choose(run, is_true(outcome.value.result))
         else:
             run.end(self, outcome)
+
+    def _fail(self, run: Interpreter, message: str) -> None:
+        error = StepError(message, "22023")
+        run.record(self, "failed", error=error)
+        run.end(self, Failed(error))
 
     def _choose(self, run: Interpreter, truth: bool) -> None:
         recorded = run.recorded(self, "decided")
@@ -326,8 +330,8 @@ class LoopFrame(Frame):
             return
         self.failed = self.failed or isinstance(outcome, Failed)
         if slot == 0:
-            if isinstance(outcome, Done):
-                self.last = outcome.value
+            # Of a failed round nothing is kept: what a worker remembers must not differ from what it could read again.
+            self.last = outcome.value if isinstance(outcome, Done) else None
             if self.node.condition is not None:
                 run.start_child(self, self.node.condition, 1, execution=self.path(self.round))
                 return

@@ -125,6 +125,27 @@ def output(tree: Tree, **arguments: object) -> object:
     return json.loads(finish.output)
 
 
+def test_if_rows_without_its_name_fails_and_says_so_on_its_node() -> None:
+    rows_of = {"type": "IF", "query": '{"condition_type":"result_has_rows","result_name":"nope"}',
+               "left": sql("step"), "right": sql("step")}
+    world = World(join(rows_of, sql("step")))
+    assert world.to_end().output == "JOIN branch 1 failed: df.if_rows: result 'nope' not found"
+    assert world.history["", 1].event == "failed"
+
+
+def test_a_loop_whose_last_round_failed_has_no_result_before_and_after_a_restart() -> None:
+    class LastFails(World):
+        def result(self, key: Key, text: str) -> str | StepError:
+            return StepError("boom") if text == "body" and key[0].endswith(":3") else super().result(key, text)
+
+    world = LastFails(loop(sql("body"), sql("again"), go_on=True))
+    while world.pending != {("/0:3", 2): "again"}:
+        world.step()
+    world.load()
+    assert world.to_end().output == "null"
+    assert LastFails(loop(sql("body"), sql("again"), go_on=True)).to_end().output == "null"
+
+
 def test_a_sequence_yields_its_last_result() -> None:
     assert output(seq(sql("value 1"), sql("value 2"), sql("value 3"))) == {"rows": [{"v": 3}], "row_count": 1}
 
