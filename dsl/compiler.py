@@ -96,6 +96,8 @@ def compile_sql(sql: str, *, standard_conforming_strings: bool = True) -> Compil
 
     An error in the DSL gives a text that raises it (`Compiled.error` says which): nothing is raised here.
     """
+    if not _mentions(sql):
+        return None  # so that both always agree on what is ours, also for text that is no SQL at all
     tokens = lex(sql, standard_conforming_strings=standard_conforming_strings)
     if tokens is None or not _relevant(tokens):
         return None
