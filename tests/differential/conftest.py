@@ -40,7 +40,7 @@ def _set_up(cluster: Cluster, version: int) -> Iterator[Stage]:
     with fresh_database(cluster, version) as database:
         asyncio.run(migrate(database.dsn()))
         with psycopg.connect(database.superuser_dsn, autocommit=True) as admin:
-            admin.execute((Path(__file__).parent / "scene.sql").read_text())  # type: ignore[arg-type]
+            admin.execute((Path(__file__).parent / "scene.sql").read_text())
             role = sql.Identifier(database.owner)
             admin.execute(sql.SQL("ALTER ROLE {} REPLICATION").format(role))
             admin.execute(sql.SQL("ALTER ROLE {} IN DATABASE {} SET search_path = {}, public").format(

@@ -133,7 +133,7 @@ class _Run:
             connection.close()
 
     def _admin(self, sql: str, *values: object) -> list[tuple[object, ...]]:
-        cursor = self._scene.admin.execute(sql, values or None)  # type: ignore[arg-type]
+        cursor = self._scene.admin.execute(sql, values or None)
         return cursor.fetchall() if cursor.description else []
 
     def _await_event(self, pid: int, event: str) -> None:

@@ -110,8 +110,8 @@ class Connection:
         if self._plain is not None:
             if not self._ended:
                 return None
-            self._plain, rest = None, self._plain
-            return Frame(0, bytes(rest))
+            rest, self._plain = bytes(self._plain), None
+            return Frame(0, rest)
         try:
             frame = self.parser.next_frame()
         except ProtocolError:
