@@ -31,7 +31,9 @@ def excerpt(text: str) -> str:
     if len(text) <= _EXCERPT:
         return text
     half = (_EXCERPT - 5) // 2
-    return f"{text[:half]} ... {text[-half:]}"
+    # Cut between words, so that no operator is cut in half.
+    head, tail = text[:half].rsplit(" ", 1)[0], text[-half:].split(" ", 1)[-1]
+    return f"{head} ... {tail}"
 
 
 def quote(text: str | None) -> str:

@@ -258,8 +258,8 @@ def _check_ledger(done: dict[int, str], known: list[Migration]) -> None:
 async def _check_unused(conn: asyncpg.Connection[Any]) -> None:
     unfinished = await conn.fetchval("SELECT count(*) FROM duroxide.instances WHERE status IN ('pending', 'running')")
     if unfinished:
-        raise UnfinishedWorkflowsError(f"{unfinished} workflows have not ended; cancel them, or remove with force")
+        raise UnfinishedWorkflowsError(f"{unfinished} workflows have not ended; cancel them, or remove with --force")
     dependents = [r[0] for r in await conn.fetch(_DEPENDENTS)]
     if dependents:
         raise MigrationError(f"these depend on the schemas of dfproxy: {', '.join(dependents[:10])};"
-                             " drop them first, or remove with force")
+                             " drop them first, or remove with --force")
