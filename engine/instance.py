@@ -11,13 +11,15 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
 import structlog
 
 from dsl.graph import Graph, GraphError, NodeType
 from engine.connection import ConnectionLostError, ServerError
+from engine.http.runner import HttpRunner
+from engine.http.select import future_of, is_http_select
 from engine.identity import Identities, IdentityError
 from engine.interpreter import Interpreter
 from engine.model import Changes, Checkpoint, Finish, Key, Step, StepError
@@ -49,7 +51,6 @@ log = structlog.get_logger("dfproxy.engine")
 
 #: SQLSTATE of a checkpoint in a transaction that the step, or a default of its role, made read-only.
 _READ_ONLY = "25006"
-HTTP_LATER = "HTTP steps are not supported by this version of dfproxy"
 
 
 class Gate:
@@ -124,6 +125,7 @@ class Surroundings:
     store: Store
     identities: Identities
     runner: Runner
+    http: HttpRunner
     gate: Gate
     leave: Callable[[HeldInstance], None]
     is_stopping: Callable[[], bool]
@@ -141,7 +143,7 @@ class HeldInstance:
         self._mailbox: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._tasks: dict[Key, asyncio.Task[None]] = {}  # until their outcome has been handled
-        self._forced: dict[Key, StepError] = {}
+        self._forced: dict[Key, Outcome] = {}  # of steps that must not run again after a reload
         self._seen: set[int] = set()
         self._crashes = 0
         self._attempt = 0
@@ -189,7 +191,7 @@ class HeldInstance:
             except _ReloadError as e:
                 self._attempt += 1
                 if e.failed is not None:
-                    self._forced[e.failed[0]] = e.failed[1]
+                    self._forced[e.failed[0]] = Failed(self._store.clock.now(), e.failed[1])
                 else:
                     log.warning("instance is read again", instance=self.instance_id, attempt=self._attempt,
                                 reason=str(e))
@@ -325,7 +327,12 @@ class HeldInstance:
             case Committed():
                 changes = interpreter.step_completed(key, outcome.text, outcome.columns, outcome.meta,
                                                      outcome.started_at, now)
-                left = await self._record(interpreter, changes, big=key)
+                try:
+                    left = await self._record(interpreter, changes, big=key)
+                except _ReloadError:
+                    # It has taken effect. What is not recorded yet must be, rather than done again.
+                    self._forced[key] = outcome
+                    raise
             case NoSlot() if not self._tasks:
                 # Nothing of this instance runs: it queues up again, where another worker may have a connection.
                 await self._release()
@@ -412,23 +419,33 @@ class HeldInstance:
         key = step.key
         if key in self._tasks:
             return  # it has outlived a reload
-        now = self._store.clock.now()
         if key in self._forced:
-            self._mailbox.append(StepEnded(key, Failed(now, self._forced[key])))
-        elif step.kind is not NodeType.SQL:
-            self._mailbox.append(StepEnded(key, Failed(now, StepError(HTTP_LATER, "0A000"))))
+            self._mailbox.append(StepEnded(key, self._forced[key]))
         else:
             self._tasks[key] = self._group.create_task(self._run_step(step))
 
     async def _run_step(self, step: Step) -> None:
         async def record_started(at: datetime) -> None:
-            row = Checkpoint(*step.key, "started", started_at=at)
-            await self._store.checkpoint(self.instance_id, self.token, Changes(rows=[row]))
+            await self._store.checkpoint(self.instance_id, self.token, started(at))
+
+        def started(at: datetime) -> Changes:
+            return Changes(rows=[Checkpoint(*step.key, "started", meta=step.meta, started_at=at)])
 
         job = Job(self.instance_id, self._loaded.submitted_by, self._loaded.database, step, record_started)
         outcome: Outcome | Exception
         try:
-            outcome = await self._shared.runner.run(job)
+            if step.kind is not NodeType.SQL:
+                outcome = await self._shared.http.run(job)
+            else:
+                outcome = await self._shared.runner.run(job)
+                if isinstance(outcome, Ready | Committed) and is_http_select(step.text) \
+                        and (request := future_of(outcome.text)) is not None:
+                    # The statement has said what to ask for. That commits with it: every attempt asks for the same.
+                    step = replace(step, kind=NodeType(request["type"]), text=request["query"],
+                                   meta={"request": request})
+                    if isinstance(outcome, Ready):
+                        await self._finish(step.key, started(outcome.started_at), outcome)
+                    outcome = await self._shared.http.run(replace(job, step=step))
         except Exception as e:  # noqa: BLE001 - the instance's own task raises it
             outcome = e
         self.put(StepEnded(step.key, outcome))

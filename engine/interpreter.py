@@ -26,7 +26,8 @@ from dsl.graph import Graph, GraphError, Node, NodeType
 from dsl.substitute import SubstitutionError, break_result, substitute_sql
 from dsl.truth import is_true
 from dsl.values import Result
-from engine.model import Changes, Checkpoint, Finish, Key, Signal, Step, StepError
+from engine.http.variables import PlainVariables
+from engine.model import Changes, Checkpoint, Finish, Inputs, Key, Signal, Step, StepError
 
 __all__ = ["Changes", "Checkpoint", "Finish", "Interpreter", "Key", "Signal", "Step", "StepError"]
 
@@ -418,10 +419,20 @@ class StepFrame(LeafFrame):
 
     def act(self, run: Interpreter, row: Checkpoint | None) -> None:
         text = self.node.query or ""
-        if self.node.type is NodeType.SQL:
-            text = substitute_sql(text, variables=run.variables, instance_id=run.instance_id, label=run.label,
-                                  results=self.scope.visible())
-        run.steps.append(Step(self.key, self.node, self.node.type, text))
+        meta = row.meta if row is not None else None
+        if meta is not None and "request" in meta:
+            # `SELECT df.http(...)`, whose statement has run: what it asked for is not asked for anew.
+            request = meta["request"]
+            step = Step(self.key, self.node, NodeType(request["type"]), request["query"], meta=meta)
+        elif self.node.type is NodeType.SQL:
+            text = substitute_sql(text, variables=PlainVariables(run.variables), instance_id=run.instance_id,
+                                  label=run.label, results=self.scope.visible())
+            step = Step(self.key, self.node, self.node.type, text)
+        else:
+            # Filled in by the runner, which can open secret variables.
+            inputs = Inputs(run.instance_id, run.label, run.variables, self.scope.visible())
+            step = Step(self.key, self.node, self.node.type, text, inputs)
+        run.steps.append(step)
         run.active[self.key] = self
 
     def succeed(self, run: Interpreter, text: str, row: Checkpoint | None, columns: Any) -> None:
@@ -506,8 +517,8 @@ class BreakFrame(LeafFrame):
     __slots__ = ()
 
     def act(self, run: Interpreter, row: Checkpoint | None) -> None:
-        text = break_result(self.node.break_value, variables=run.variables, instance_id=run.instance_id,
-                            label=run.label, results=self.scope.visible())
+        text = break_result(self.node.break_value, variables=PlainVariables(run.variables),
+                            instance_id=run.instance_id, label=run.label, results=self.scope.visible())
         self.complete(run, text)
 
     def succeed(self, run: Interpreter, text: str, row: Checkpoint | None, columns: Any) -> None:

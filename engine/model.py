@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from dsl.graph import Node, NodeType
-from dsl.values import Column
+from dsl.values import Column, Result
 
 #: Where a result belongs: (execution path, node index). See docs/architecture.md, "Checkpoints".
 Key = tuple[str, int]
@@ -71,10 +71,26 @@ class Changes:
 
 
 @dataclass(frozen=True, slots=True)
+class Inputs:
+    """What references in a step's text may name."""
+
+    instance_id: str
+    label: str | None
+    variables: Mapping[str, str] = field(repr=False)
+    results: Mapping[str, Result] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """Work for a runner: a leaf that acts on the world. `text` is the SQL, or the HTTP config, after substitution."""
+    """Work for a runner: a leaf that acts on the world.
+
+    `text`: the SQL after substitution, or an HTTP step's config before it; `inputs` then says what to put in (None: the
+    config is ready). `meta`: what a `started` checkpoint of this step must hold.
+    """
 
     key: Key
     node: Node
     kind: NodeType
     text: str
+    inputs: Inputs | None = None
+    meta: Mapping[str, Any] | None = None

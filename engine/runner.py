@@ -72,7 +72,7 @@ class Committed(Outcome):
     """An at-least-once step that has taken effect; its checkpoint is still to be written."""
 
     text: str
-    columns: tuple[Column, ...]
+    columns: tuple[Column, ...] | None
     meta: dict[str, object]
 
 

@@ -6,6 +6,8 @@ import os
 import socket
 from dataclasses import dataclass, field
 
+from engine.http.policy import HttpPolicy
+
 
 def default_worker_name() -> str:
     """`host:pid`, as people recognise it in duroxide.workers."""
@@ -49,6 +51,9 @@ class EngineSettings:
     max_result_rows: int = 100_000
     loop_history_rounds: int = 10
     max_crashes: int = 10
+
+    # HTTP steps
+    http: HttpPolicy = field(default_factory=HttpPolicy)
 
     # Who may
     enable_superuser_instances: bool = False

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import structlog
 
+from engine.http.client import HttpClient
+from engine.http.runner import HttpRunner
 from engine.identity import Identities
 from engine.instance import Gate, HeldInstance, Surroundings
 from engine.runner import AWAY, Runner, back_off
@@ -119,7 +121,9 @@ class Worker:
             identities = Identities(self.settings, store)
             self.identity_report = await identities.report()
             runner = Runner(self.settings, store, identities)
-            shared = Surroundings(self.settings, store, identities, runner, Gate(), self._leave,
+            client = HttpClient(self.settings.http, agent=f"pg_durable/0.2.6 dfproxy/{self.settings.version}")
+            http = HttpRunner(self.settings, store, identities, client)
+            shared = Surroundings(self.settings, store, identities, runner, http, Gate(), self._leave,
                                   lambda: self._stopping)
             log.info("worker ready", worker=self.settings.worker_name, identity=self.identity_report)
             try:
@@ -131,6 +135,7 @@ class Worker:
                     beat.cancel()
             finally:
                 runner.pool.close_idle(-1)
+                await client.aclose()
         except BaseExceptionGroup as errors:
             # Of several faults the one that says most about what to do next.
             raise _first(errors) from errors
@@ -243,8 +248,18 @@ class Worker:
                 self._wake.set()
 
     async def _audit(self, store: Store) -> None:
-        """Gives back what the database says we hold and we don't: a release whose failure could not be told apart."""
-        lost = [i for i in await store.owned() if i not in self._held]
+        """Compares what the database says we hold with what we run.
+
+        What only the database knows is given back: a release whose failure could not be told apart. What only we know
+        was deleted by somebody, or taken from us: it ends at once, not only at its next checkpoint.
+        """
+        held = dict(self._held)
+        owned = set(await store.owned())
+        for instance_id, instance in held.items():
+            if instance_id not in owned and self._held.get(instance_id) is instance and instance_id in self._instances:
+                log.info("an instance is not ours any more", instance=instance_id)
+                self._instances[instance_id].cancel()
+        lost = [i for i in owned if i not in self._held]
         if lost:
             log.warning("instances held without being run are given back", count=len(lost))
             await store.release(lost)

@@ -98,7 +98,7 @@ class HttpClient:
             raise HttpError(f"HTTP timeout after {call.timeout:g}s: {shown}", TIMEOUT) from None
         except httpcore.ConnectError as e:
             raise HttpError(f"HTTP connection failed: {shown} - {e}", CONNECTION) from e
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.ConnectionNotAvailable, H2Error,
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.ConnectionNotAvailable, H2Error, OSError,
                 ValueError) as e:
             # ValueError: a library's word for what a server should not have said.
             reason = str(e) or type(e).__name__
