@@ -148,6 +148,7 @@ class Leg(asyncio.Protocol):
         if self._handshake is not None and not self._handshake.done():
             self._handshake.set_exception(error)
             return
+        self._finished = True
         log.info("a TLS connection broke", peer=self.peer, reason=error.reason or str(error))
         self.on_eof()
         self.close()
@@ -204,11 +205,10 @@ class Leg(asyncio.Protocol):
 
     def write_eof(self) -> None:
         """Ends this direction after what was written; the other one stays open."""
-        if self._open and not self._finished:
+        if self.tls is not None:
+            self._end_tls(self.tls)
+        elif self._open and not self._finished:
             self._finished = True
-            if self.tls is not None:
-                self._close_notify()
-                return
             transport = cast(asyncio.Transport, self._transport)
             if transport.can_write_eof():
                 transport.write_eof()
@@ -216,18 +216,20 @@ class Leg(asyncio.Protocol):
     def close(self) -> None:
         """Closes after what was written has been delivered."""
         if self._transport is not None:
-            self._close_notify()
+            if self.tls is not None:
+                self._end_tls(self.tls)
             self._transport.close()
 
-    def _close_notify(self) -> None:
-        """Tells the other end, by TLS, that this was all; it could be cut short by anybody otherwise."""
-        if self.tls is None or not self.tls.established or not self._open:
+    def _end_tls(self, tls: TlsStream) -> None:
+        """Tells the other end, in TLS's own words, that this was all; anybody could cut it short otherwise."""
+        if not tls.established or not self._open or self._finished:
             return
+        self._finished = True
         try:
-            self.tls.write_eof()
+            tls.write_eof()
         except ssl.SSLError as e:
             log.debug("a TLS connection can't be ended properly", peer=self.peer, reason=e.reason or str(e))
-        self._send_ciphertext(self.tls)
+        self._send_ciphertext(tls)
 
     def forget(self) -> None:
         """Takes all `on_…` callables away."""
