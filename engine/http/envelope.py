@@ -73,7 +73,7 @@ def _charset(content_type: str) -> str:
     name = match[1] or match[2] or ""
     try:
         codec = codecs.lookup(name).name
-        b"".decode(codec)  # some codecs do not make text
+        b"a".decode(codec, "replace")  # some codecs do not make text
     except (LookupError, ValueError):
         return "utf-8"
     return "utf-8" if codec in _NO_CHARSETS else codec

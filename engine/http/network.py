@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable
@@ -190,11 +191,13 @@ class _Stream(httpcore.AsyncNetworkStream):
 
 
 def _reason(error: BaseException | None) -> str:
-    """What the system says, without numbers."""
+    """What the system says; asyncio would add the address, which is nobody's business."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"certificate verify failed: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
         return error.reason or str(error)
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    if isinstance(error, socket.gaierror):
+        return str(error.strerror)
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
     return str(error) or type(error).__name__
