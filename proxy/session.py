@@ -23,7 +23,7 @@ from proxy.encodings import codec
 from proxy.relay import Hold, Leg, Relay
 from proxy.replies import client_view
 from proxy.rewriter import INLINE_LIMIT, Dialect, Rewriter, Statement
-from proxy.tls import ServerTls, UpstreamTls
+from proxy.tls import ServerTls, UpstreamTls, channel_binding
 from proxy.upstream import Address, DialError, Upstream
 from proxy.wire import backend, build
 from proxy.wire.frames import (
@@ -51,7 +51,7 @@ from proxy.wire.messages import (
     TransactionStatus,
 )
 from proxy.wire.states import ASKING, TELLING, Conversation, Event, Phase, Startup, packet_event, server_event
-from proxy.wire.tls import ALPN, TlsStream, common_name, server_end_point
+from proxy.wire.tls import ALPN, TlsStream, common_name
 
 log = structlog.get_logger("dfproxy.session")
 
@@ -367,7 +367,7 @@ class Session:
         return Legs(
             client_tls=self._client.tls is not None,
             server_tls=server.tls is not None,
-            binding=server_end_point(certificate) if certificate is not None else None,
+            binding=channel_binding(certificate),
             own_binding=self._own_binding,
             certificate_sent=server.tls is not None and self._host.upstream.tls.certificate is not None,
             client_name=self._client_name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import re
 import ssl
 import stat
 from collections.abc import Callable
@@ -79,7 +80,7 @@ class ServerTls:
             # A client without one is refused after the handshake, with a message that it can show.
             context.verify_mode = ssl.CERT_OPTIONAL
         self._warn_of_readers(files.key)
-        return context, server_end_point(_first_certificate(files.certificate))
+        return context, channel_binding(_first_certificate(files.certificate))
 
     @staticmethod
     def _warn_of_readers(key: str) -> None:
@@ -88,13 +89,23 @@ class ServerTls:
             log.warning("the key in tls_key can be read by others", key=key, mode=oct(mode & 0o777))
 
 
-def _first_certificate(path: str) -> bytes:
+def channel_binding(certificate: bytes | None) -> bytes | None:
+    """Channel binding data for a server's certificate in DER; None where there is nothing to bind to."""
+    if certificate is None:
+        return None
+    try:
+        return server_end_point(certificate)
+    except ValueError as e:
+        # OpenSSL could read it. Without binding a login is what it always was before there was any.
+        log.warning("no channel binding for a certificate that can't be read", reason=str(e))
+        return None
+
+
+def _first_certificate(path: str) -> bytes | None:
     """The first certificate of a file in PEM, in DER: the one that clients are shown as ours."""
     with open(path, encoding="latin-1") as f:
-        text = f.read()
-    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
-    start = text.index(begin)
-    return ssl.PEM_cert_to_DER_cert(text[start : text.index(end, start) + len(end)])
+        found = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", f.read(), re.DOTALL)
+    return ssl.PEM_cert_to_DER_cert(found[0]) if found is not None else None
 
 
 _ANSWERS: Final = (ANSWER_SSL, ANSWER_NO)

@@ -161,7 +161,7 @@ def test_scram_is_answered_with_channel_binding(both: Login, monkeypatch: pytest
     """The server checks what it is told of its certificate: with another one's hash it refuses."""
     with both.connect("scram", require_auth="password"):
         pass
-    monkeypatch.setattr(proxy.session, "server_end_point", lambda certificate: b"\1" * 32)
+    monkeypatch.setattr(proxy.session, "channel_binding", lambda certificate: b"\1" * 32)
     with pytest.raises(psycopg.OperationalError, match="FATAL:  SCRAM channel binding check failed"):
         both.connect("scram")
 
