@@ -25,8 +25,8 @@ async def connection(endpoint: Endpoint) -> AsyncIterator[Any]:
 
 
 async def test_connects_with_settings(endpoint: Endpoint) -> None:
-    c = await asyncpg.connect(endpoint.uri, server_settings={"application_name": "a ü", "search_path": "scratch"}, ssl="prefer")
-    assert await c.fetchval("SHOW application_name") == "a \\xc3\\xbc"
+    c = await asyncpg.connect(endpoint.uri, server_settings={"application_name": "an app", "search_path": "scratch"}, ssl="prefer")
+    assert await c.fetchval("SHOW application_name") == "an app"
     assert c.get_settings().client_encoding == "UTF8"
     await c.close()
 
