@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Final, Literal, cast
+from typing import Any, Final, Literal, cast
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from proxy.wire.tls import ALPN
 
@@ -191,3 +192,33 @@ def _readable(parameter: str, path: str) -> None:
                 pass
     except OSError as e:
         raise TlsConfigError(f"{parameter} ({path}) can't be read: {e.strerror}") from e
+
+
+#: libpq's other connection parameters that asyncpg would take for settings of the server, which then refuses them.
+_LIBPQ_ONLY: Final = frozenset({
+    "channel_binding", "client_encoding", "connect_timeout", "fallback_application_name", "gssdelegation", "gssencmode",
+    "hostaddr", "keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval", "load_balance_hosts",
+    "max_protocol_version", "min_protocol_version", "require_auth", "requirepeer", "requiressl", "sslcertmode",
+    "sslcompression", "sslkeylogfile", "sslsni", "tcp_user_timeout",
+})
+
+
+def for_asyncpg(uri: str, environ: Mapping[str, str] | None = None) -> tuple[str, dict[str, Any]]:
+    """A libpq URI as asyncpg understands it: the URI without what asyncpg doesn't know, and arguments for `connect`.
+
+    asyncpg has its own reading of most `ssl…` parameters, but not of `sslrootcert=system`. Reads the files that are
+    named. Raises TlsConfigError.
+    """
+    parts = urlsplit(uri)
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    tls = ClientTls.from_parameters(dict(query), environ)
+    kept = [(name, value) for name, value in query if name not in PARAMETERS and name not in _LIBPQ_ONLY]
+    arguments: dict[str, Any] = {"ssl": False}
+    if tls.mode is SslMode.PREFER:
+        # asyncpg's own word: a context would mean that TLS is required.
+        arguments = {"ssl": "prefer"}
+    elif tls.mode is not SslMode.DISABLE:
+        arguments = {"ssl": tls.context(), "direct_tls": tls.negotiation == "direct"}
+    options = "?" + urlencode(kept) if kept else ""
+    # urlunsplit would drop the slashes where there is no host.
+    return f"{parts.scheme}://{parts.netloc}{parts.path}{options}", arguments

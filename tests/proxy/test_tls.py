@@ -14,7 +14,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import asyncpg
 import psutil
 import psycopg
 import pytest
@@ -28,11 +30,11 @@ from proxy.wire import build
 from proxy.wire.frames import FrameParser
 from proxy.wire.messages import Backend
 from proxy.wire.tls import ALPN, TlsStream
-from proxy.wire.tls_options import TlsConfigError
+from proxy.wire.tls_options import TlsConfigError, for_asyncpg
 from tests.e2e.fix_dfproxy import running_proxy as running_command
 from tests.fix_certificates import Authority, Pair
 from tests.fix_postgres import Database
-from tests.proxy.fix_tls import Login, guarded_proxy, needs_tls_server, upstream_dsn
+from tests.proxy.fix_tls import PASSWORD, Login, guarded_proxy, needs_tls_server, upstream_dsn
 from tests.proxy.proxies import RunningProxy, running_proxy
 from tests.proxy.test_adversity import eventually, read_until, rest
 
@@ -752,3 +754,34 @@ def test_a_thousand_connections_leave_nothing_behind(both: Login) -> None:
     eventually(settled)
     assert process.num_fds() <= files
     assert process.memory_info().rss < memory + 40 * MIB
+
+
+# --- the engine's way in ---
+
+
+@needs_tls_server
+@pytest.mark.parametrize("mode", ["disable", "prefer", "require", "verify-ca", "verify-full"])
+async def test_asyncpg_goes_where_the_proxy_goes(tls_cluster: Cluster, authority: Authority, mode: str) -> None:
+    dsn = (f"postgresql://scram:{quote(PASSWORD)}@localhost:{tls_cluster.port}/postgres?sslmode={mode}&channel_binding=prefer"
+           f"&connect_timeout=5&application_name=mine&sslrootcert={authority.file}")
+    uri, arguments = for_asyncpg(dsn)
+    c = await asyncpg.connect(uri, **arguments)
+    row = await c.fetchrow("SELECT ssl, current_setting('application_name') FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+    await c.close()
+    assert tuple(row) == (mode != "disable", "mine")
+
+
+async def test_asyncpg_with_direct_tls_and_the_systems_authorities(
+    database18: Database, files: ServerTlsFiles, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_proxy(database18.dsn(), tls=files, tls_required=True) as proxy:
+        dsn = (f"postgresql://{database18.owner}@localhost:{proxy.port}/{database18.name}"
+               "?sslnegotiation=direct&sslrootcert=system")
+        uri, arguments = for_asyncpg(dsn)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await asyncpg.connect(uri, **arguments)
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+        uri, arguments = for_asyncpg(dsn)
+        c = await asyncpg.connect(uri, **arguments)
+        assert await c.fetchval("SELECT 1") == 1
+        await c.close()
