@@ -146,8 +146,8 @@ def test_wal_is_received(replicated: tuple[Cluster, RunningProxy], tmp_path: Pat
     try:
         with psycopg.connect(cluster.dsn(), autocommit=True) as c:
             _until(c, "SELECT 1 FROM pg_stat_replication WHERE application_name = 'pg_receivewal' AND state = 'streaming'")
-            c.execute("CREATE TABLE IF NOT EXISTS wal (n int)")  # past the start of a segment, which counts to the one before
-            row = c.execute("SELECT pg_walfile_name(pg_current_wal_lsn())").fetchone()
+            c.execute("CREATE TABLE wal (n int)")  # past the start of a segment, which counts to the one before
+            row = c.execute("SELECT pg_walfile_name(pg_current_wal_insert_lsn())").fetchone()
             assert row is not None
             c.execute("INSERT INTO wal VALUES (1); SELECT pg_switch_wal()")
             deadline = time.monotonic() + PATIENCE
