@@ -65,6 +65,12 @@ _CANCEL_TIMEOUT: Final = 10.0
 #: Seconds in which a connection that is being closed may take what was written to it.
 _LINGER: Final = 10.0
 
+#: For the log, when a client hangs up instead of giving its password in clear.
+_ASKED_IN_VAIN: Final = (
+    "with require_auth or channel_binding=require it can't give it in clear: set auth=relay here and"
+    " channel_binding=disable there, or use the server's own certificate as tls_cert"
+)
+
 Key = tuple[int, bytes]
 
 # Plain integers for what runs on every message: looking up a member of an enumeration takes as long as the rest of it.
@@ -193,6 +199,9 @@ class Session:
             )
         finally:
             self._task = None
+            if self._authenticator is not None and self._authenticator.asking:
+                # Its library refuses, if it was told to insist on SCRAM or channel binding, and we can't tell it more.
+                self._log.info("the client left when it was asked for its password", advice=_ASKED_IN_VAIN)
             if self._key is not None and self._host.keys.get(self._key) == self._address:
                 del self._host.keys[self._key]
             await self._close()

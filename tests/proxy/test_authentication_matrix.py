@@ -13,6 +13,7 @@ import asyncpg
 import psycopg
 import pytest
 from cryptography.hazmat.primitives import hashes
+from structlog.testing import capture_logs
 
 import proxy.session
 from proxy.authentication import AuthMode
@@ -173,9 +174,11 @@ def test_scram_is_answered_with_channel_binding(both: Login, monkeypatch: pytest
      ({"channel_binding": "require"}, "channel binding")],
 )
 def test_clients_that_insist(both: Login, insists: dict[str, str], said: str) -> None:
-    """Their own library refuses, before the proxy could say a word; it says why."""
-    with pytest.raises(psycopg.OperationalError, match=said):
-        both.connect("scram", **insists)
+    """Their own library refuses, before the proxy could say a word. It says why, and the log what to set."""
+    with capture_logs() as logs:
+        with pytest.raises(psycopg.OperationalError, match=said):
+            both.connect("scram", **insists)
+        eventually(lambda: any("auth=relay" in entry.get("advice", "") for entry in logs))
 
 
 @needs_tls_server
