@@ -145,7 +145,7 @@ class HttpPolicy:
         return allowed
 
     def _is_denied(self, address: Address) -> bool:
-        return any(map(self.deny.has_address, embedded(address)))
+        return self.deny.every or any(map(self.deny.has_address, embedded(address)))
 
     def _is_allowed(self, address: Address, *, named: bool) -> bool:
         if self._is_denied(address):

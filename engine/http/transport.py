@@ -55,7 +55,8 @@ class _Connection:
 
     __slots__ = ("_backend", "http", "used", "used_at")
 
-    def __init__(self, origin: Origin, context: ssl.SSLContext, policy: HttpPolicy, resolve: Resolver) -> None:
+    def __init__(self, origin: Origin, context: ssl.SSLContext | None, policy: HttpPolicy,
+                 resolve: Resolver) -> None:
         self._backend = GuardedBackend(policy, resolve)
         self.http = httpcore.AsyncHTTPConnection(
             httpcore.Origin(*origin), ssl_context=context, keepalive_expiry=KEEP, http1=True, http2=True,
@@ -82,7 +83,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         self._policy = policy
         self._executor = ThreadPoolExecutor(_RESOLVER_THREADS, "dfproxy-resolver")
         self._resolve = resolve or system_resolver(self._executor)
-        self._context = context or trust(policy.ca_file)
+        self._context = context
         self._idle: dict[Origin, deque[_Connection]] = {}
         self._idle_count = 0
         self._busy: set[_Connection] = set()
@@ -145,6 +146,9 @@ class GuardedTransport(httpx.AsyncBaseTransport):
             else:
                 found.abort()
         if connection is None:
+            # Reading the certificates takes a moment: when they are first needed.
+            if origin[0] == b"https" and self._context is None:
+                self._context = trust(self._policy.ca_file)
             connection = _Connection(origin, self._context, self._policy, self._resolve)
         self._busy.add(connection)
         return connection
