@@ -466,7 +466,7 @@ class _Fragment:
                     self._fail(fault, self._first(argument))
         if call.name == "wait_for_schedule":
             self._check_schedule(named)
-        elif call.name == "explain" and len(arguments) == 1:
+        elif call.name in ("explain", "diagram") and len(arguments) == 1:
             self._explain(arguments[0])
         elif call.name == "start":
             self._check_start(named["fut"])

@@ -445,6 +445,12 @@ class Store:
 
     # -- the rest ----------------------------------------------------------------------------------------------
 
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[asyncpg.Connection[Any]]:
+        """A control connection in a transaction, for statements of the caller's own."""
+        async with self._connection() as c, c.transaction():
+            yield c
+
     async def fetch(self, sql: str, *parameters: object) -> list[Any]:
         """Rows of a query of the engine's own, on a control connection."""
         async with self._connection() as c:

@@ -20,6 +20,7 @@ import uvloop
 import proxy
 from proxy import dsn, wiring
 from proxy.faults import cannot_listen
+from proxy.launch import Launcher
 from proxy.local import LocalServer, default_folder
 from proxy.server import ProxyServer
 from proxy.settings import Settings
@@ -136,15 +137,20 @@ async def serve_here(ready: Ready, stop: asyncio.Event, *, announce: Callable[[i
         for worker in workers:
             worker.wake()
 
-    server = ProxyServer(wiring.proxy_config(settings, reuse_port=reuse_port), on_commit=on_commit)
+    launchers = {name: Launcher(wiring.engine_settings(settings, name), settings.max_new_transaction_starts, on_commit)
+                 for name in ready.databases}
+    server = ProxyServer(wiring.proxy_config(settings, reuse_port=reuse_port), on_commit=on_commit, launchers=launchers)
     async with _listening(server, settings), asyncio.TaskGroup() as group:
         for worker in workers:
             group.create_task(worker.run())
+        launching = [group.create_task(launcher.run()) for launcher in launchers.values()]
         with on_hangup(server.reload, stop):
             await announce(server.port)
             await stop.wait()
         log.info("stopping", grace=settings.drain_timeout)
         await _all([server.drain(), *(worker.stop(settings.drain_timeout) for worker in workers)])
+        for task in launching:
+            task.cancel()
 
 
 @contextlib.asynccontextmanager

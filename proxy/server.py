@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
@@ -11,6 +11,7 @@ from typing import Final
 import structlog
 
 from proxy.authentication import AuthMode
+from proxy.launch import Launcher
 from proxy.relay import Leg
 from proxy.rewriter import Rewriter
 from proxy.session import Key, Limits, Session
@@ -60,12 +61,14 @@ class ProxyServer:
     """Serves clients from `start` to `close`, or inside `async with`.
 
     `on_commit` is called on the event loop, must not block or raise, and means: a transaction in which df was
-    mentioned may just have been committed. `rewriter` is for tests. Raises ValueError (TlsConfigError is one) where
+    mentioned may just have been committed. `launchers`, by database, serve `transaction_mode => 'new'`; somebody else
+    runs them. `rewriter` is for tests. Raises ValueError (TlsConfigError is one) where
     the upstream or a certificate can't be used.
     """
 
     def __init__(
-        self, config: ProxyConfig, on_commit: Callable[[], None] = _nothing, *, rewriter: Rewriter | None = None
+        self, config: ProxyConfig, on_commit: Callable[[], None] = _nothing, *, rewriter: Rewriter | None = None,
+        launchers: Mapping[str, Launcher] | None = None,
     ) -> None:
         self.config = config
         self.upstream = config.upstream if isinstance(config.upstream, Upstream) else Upstream.parse(config.upstream)
@@ -78,6 +81,7 @@ class ProxyServer:
         self.keys: dict[Key, Address] = {}
         self.draining = False
         self.rewriter = rewriter if rewriter is not None else Rewriter()
+        self.launchers = launchers or {}
         self._on_commit = on_commit
         self._limits = Limits(config.startup_timeout, config.write_buffer, config.max_rewrite)
         self._sessions: set[Session] = set()

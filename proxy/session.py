@@ -11,7 +11,7 @@ from then on both directions are relayed, and this module is what looks at them 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
@@ -20,6 +20,7 @@ import structlog
 
 from proxy.authentication import Authenticator, AuthMode, Legs, RefusalError, Step
 from proxy.encodings import codec
+from proxy.launch import Launcher, Requests
 from proxy.relay import Hold, Leg, Relay
 from proxy.replies import client_view
 from proxy.rewriter import INLINE_LIMIT, Dialect, Rewriter, Statement
@@ -95,6 +96,8 @@ class Host(Protocol):
     #: Cancel keys of live sessions, and where their server is.
     keys: dict[Key, Address]
     draining: bool
+    #: By database: those that serve df.start(transaction_mode => 'new').
+    launchers: Mapping[str, Launcher]
 
     def admit(self, session: Session, /) -> bool:
         """Whether this client, too, may be served."""
@@ -165,6 +168,9 @@ class Session:
         self._up.modes[Frontend.PASSWORD] = WHOLE
         self._down = FrameSplitter(max_length=MAX_MESSAGE, max_whole=_MAX_DIAGNOSIS)
         self._starting_modes(self._down.modes)
+
+        self._launcher: Launcher | None = None  # of the session's database
+        self._requests = Requests()
 
         self._work: asyncio.Queue[tuple[Frame, bytes, bytes]] = asyncio.Queue(1)
         self._unread: list[Iterator[Item]] = []  # what the client sent, while a large statement is being compiled
@@ -278,6 +284,7 @@ class Session:
             return
         server, self._address = await self._host.upstream.dial(self._make_server, self._host.upstream_tls.connect)
         self._server = server
+        self._launcher = self._host.launchers.get(_database(packet))
         self._authenticator = Authenticator(self._host.auth, self._legs(server), _user(packet))
         self._relay = Relay(self._client, server, self._to_server, self._to_client)
         server.write([packet.raw])
@@ -582,6 +589,8 @@ class Session:
         match frame.type:
             case Backend.AUTHENTICATION:
                 return self._asked(payload)
+            case Backend.NOTICE_RESPONSE if self._ready and self._launches(payload):
+                return b""
             case Backend.ERROR_RESPONSE | Backend.NOTICE_RESPONSE:
                 payload = self._diagnosed(payload)
                 if frame.type == Backend.ERROR_RESPONSE:
@@ -678,6 +687,15 @@ class Session:
             return payload
         return payload if changed is None else changed
 
+    def _launches(self, payload: bytes) -> bool:
+        """Whether a notice is a request for the launcher, which then has it; the client does not get it."""
+        if self._launcher is None:
+            return False
+        taken, request = self._requests.take(payload)
+        if request is not None:
+            self._launcher.request(request)
+        return taken
+
     def _between(self, status: int) -> None:
         """ReadyForQuery: the reply to a request, or to a batch, is complete."""
         done = self._conversation.received(_READY_FOR_QUERY)
@@ -711,6 +729,15 @@ def _user(packet: StartupPacket) -> bytes:
         return packet.parameters().get("user", "").encode("utf-8", "surrogateescape")
     except ProtocolError:
         return b""
+
+
+def _database(packet: StartupPacket) -> str:
+    """The database in a StartupMessage; empty where it is malformed, which the server will say."""
+    try:
+        parameters = packet.parameters()
+    except ProtocolError:
+        return ""
+    return parameters.get("database") or parameters.get("user", "")
 
 
 def _certified_name(tls: ServerTls, stream: TlsStream) -> bytes | None:

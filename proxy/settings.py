@@ -112,6 +112,10 @@ class Settings(BaseModel):
     max_user_connections: int = Field(10, ge=1, le=1000, description="connections for steps, per process")
     max_control_connections: int = Field(4, ge=1, le=1000, description="connections for the state, per process")
     execution_acquire_timeout: float = Field(30.0, ge=1, le=3600, description="how long a step waits for a connection")
+    max_new_transaction_starts: int = Field(
+        2, ge=1, le=1000, description="starts with transaction_mode => 'new' at a time")
+    new_transaction_start_timeout: float = Field(
+        5.0, ge=1, le=3600, description="how long such a start waits for its turn, and for an answer")
     max_result_bytes: int = Field(16 * 2**20, ge=1024, description="largest result of a step")
     max_result_rows: int = Field(100_000, ge=1, description="most rows in a step's result")
     loop_history_rounds: int = Field(10, ge=0, le=100_000, description="finished loop rounds whose history is kept")

@@ -151,6 +151,8 @@ async def _mirror(uri: str, settings: Settings) -> None:
         "enable_superuser_instances": "on" if settings.enable_superuser_instances else "off",
         "require_login": "on" if settings.require_login else "off",
         "list_instances_max_limit": str(settings.list_instances_max_limit),
+        "max_new_transaction_starts": str(settings.max_new_transaction_starts),
+        "new_transaction_start_timeout": f"{settings.new_transaction_start_timeout:g}",
     }
     connection = await connect(uri)
     try:

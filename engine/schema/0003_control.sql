@@ -332,61 +332,85 @@ END $$;
 
 -- Starting ---------------------------------------------------------------------------------------------------------
 
--- One INSERT into duroxide.instances, whose trigger queues the instance: part of the caller's transaction.
--- SURFACE 1.3; the order of the checks is the original's.
-CREATE FUNCTION df.start(fut text, label text DEFAULT NULL, database text DEFAULT NULL,
-                         transaction_mode text DEFAULT 'caller') RETURNS text
+-- Whether the calling role may submit workflows; the order of the checks is the original's (SURFACE 1.3).
+CREATE FUNCTION duroxide.check_submitter(p_login_only boolean) RETURNS void
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    v_super boolean;
+    v_login boolean;
+BEGIN
+    SELECT r.rolcanlogin, r.rolsuper INTO v_login, v_super FROM pg_roles r WHERE r.rolname = current_user;
+    IF NOT v_login AND duroxide.setting('require_login') IN ('on', 'true') THEN
+        RAISE EXCEPTION 'current_user "%" does not have LOGIN privilege.', current_user
+            USING ERRCODE = '42501', HINT = 'Grant it LOGIN, call df.start() as another role, or switch require_login off.';
+    ELSIF v_super AND NOT p_login_only AND COALESCE(duroxide.setting('enable_superuser_instances'), 'off') NOT IN ('on', 'true') THEN
+        RAISE EXCEPTION 'pg_durable: superuser instances are disabled. current_user "%" is a superuser, but pg_durable.enable_superuser_instances is off. Set pg_durable.enable_superuser_instances = on to allow this.',
+                current_user
+            USING ERRCODE = '42501',
+                  HINT = 'Start workflows as an ordinary role, or set enable_superuser_instances in the settings of dfproxy.';
+    END IF;
+END $$;
+
+-- One INSERT into duroxide.instances, whose trigger queues the instance: part of the caller's transaction. `p_id` is the
+-- new instance's id, NULL for a random one; if it is taken, SQLSTATE DF003 says so.
+CREATE FUNCTION duroxide.submit(p_id text, fut text, label text, database text) RETURNS text
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
 AS $$
 #variable_conflict use_column
 DECLARE
     v_root jsonb;
-    v_super boolean;
-    v_login boolean;
     v_random text;
+    v_id text;
     v_graph jsonb;
+BEGIN
+    IF fut IS NULL THEN
+        RAISE EXCEPTION 'df.start: fut cannot be NULL'
+            USING ERRCODE = '22004', HINT = 'One NULL operand makes a whole workflow expression NULL.';
+    END IF;
+    v_root := duroxide.decode(fut);
+    IF submit.database IS NOT NULL AND NOT EXISTS (SELECT FROM pg_database d WHERE d.datname = submit.database) THEN
+        RAISE EXCEPTION 'database "%" does not exist', submit.database USING ERRCODE = '3D000';
+    END IF;
+    PERFORM duroxide.check_submitter(false);
+    FOR attempt IN 1 .. CASE WHEN p_id IS NULL THEN 10 ELSE 1 END LOOP
+        v_random := gen_random_uuid();
+        v_id := COALESCE(p_id, left(v_random, 8));
+        IF v_graph IS NULL THEN
+            v_graph := duroxide.flatten(v_root, ('x' || right(v_random, 8))::bit(32)::bigint);
+        END IF;
+        INSERT INTO duroxide.instances (id, label, graph, vars, database)
+        VALUES (v_id, submit.label, v_graph,
+                COALESCE((SELECT jsonb_object_agg(v.name, v.value) FROM duroxide.vars v
+                           WHERE v.owner = duroxide.me() AND v.value IS NOT NULL), '{}'),
+                submit.database)
+        ON CONFLICT (id) DO NOTHING;
+        IF FOUND THEN
+            RETURN v_id;
+        END IF;
+    END LOOP;
+    IF p_id IS NOT NULL THEN
+        RAISE EXCEPTION 'there is an instance % already', p_id USING ERRCODE = 'DF003';
+    END IF;
+    RAISE EXCEPTION 'Failed to create instance' USING ERRCODE = '55000', DETAIL = 'Ten random ids were all taken.';
+END $$;
+
+-- duroxide.launch: 0008_launch.sql.
+CREATE FUNCTION df.start(fut text, label text DEFAULT NULL, database text DEFAULT NULL,
+                         transaction_mode text DEFAULT 'caller') RETURNS text
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
 BEGIN
     IF transaction_mode IS NULL OR lower(transaction_mode) NOT IN ('caller', 'new') THEN
         RAISE EXCEPTION 'invalid transaction_mode "%" for df.start(): expected ''caller'' or ''new''', transaction_mode
             USING ERRCODE = '22023';
     ELSIF lower(transaction_mode) = 'new' THEN
-        RAISE EXCEPTION 'df.start() with transaction_mode => ''new'' is not supported by this version of dfproxy'
-            USING ERRCODE = '0A000', HINT = 'Call df.start() in a transaction of its own, for example on a second connection.';
-    ELSIF fut IS NULL THEN
-        RAISE EXCEPTION 'df.start: fut cannot be NULL'
-            USING ERRCODE = '22004', HINT = 'One NULL operand makes a whole workflow expression NULL.';
+        RETURN duroxide.launch(fut, label, database);
     END IF;
-    v_root := duroxide.decode(fut);
-    IF start.database IS NOT NULL AND NOT EXISTS (SELECT FROM pg_database d WHERE d.datname = start.database) THEN
-        RAISE EXCEPTION 'database "%" does not exist', start.database USING ERRCODE = '3D000';
-    END IF;
-    SELECT r.rolcanlogin, r.rolsuper INTO v_login, v_super FROM pg_roles r WHERE r.rolname = current_user;
-    IF NOT v_login AND duroxide.setting('require_login') IN ('on', 'true') THEN
-        RAISE EXCEPTION 'current_user "%" does not have LOGIN privilege.', current_user
-            USING ERRCODE = '42501', HINT = 'Grant it LOGIN, call df.start() as another role, or switch require_login off.';
-    ELSIF v_super AND COALESCE(duroxide.setting('enable_superuser_instances'), 'off') NOT IN ('on', 'true') THEN
-        RAISE EXCEPTION 'pg_durable: superuser instances are disabled. current_user "%" is a superuser, but pg_durable.enable_superuser_instances is off. Set pg_durable.enable_superuser_instances = on to allow this.',
-                current_user
-            USING ERRCODE = '42501',
-                  HINT = 'Start workflows as an ordinary role, or set enable_superuser_instances in the settings of dfproxy.';
-    END IF;
-    FOR attempt IN 1 .. 10 LOOP
-        v_random := gen_random_uuid();
-        IF v_graph IS NULL THEN
-            v_graph := duroxide.flatten(v_root, ('x' || right(v_random, 8))::bit(32)::bigint);
-        END IF;
-        INSERT INTO duroxide.instances (id, label, graph, vars, database)
-        VALUES (left(v_random, 8), start.label, v_graph,
-                COALESCE((SELECT jsonb_object_agg(v.name, v.value) FROM duroxide.vars v
-                           WHERE v.owner = duroxide.me() AND v.value IS NOT NULL), '{}'),
-                start.database)
-        ON CONFLICT (id) DO NOTHING;
-        IF FOUND THEN
-            RETURN left(v_random, 8);
-        END IF;
-    END LOOP;
-    RAISE EXCEPTION 'Failed to create instance' USING ERRCODE = '55000', DETAIL = 'Ten random ids were all taken.';
+    RETURN duroxide.submit(NULL, fut, label, database);
 END $$;
 
 -- Steering ---------------------------------------------------------------------------------------------------------

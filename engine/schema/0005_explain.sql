@@ -144,12 +144,15 @@ BEGIN
                   duroxide.explain_graph(v_instance.graph, v_markers));
 END $$;
 
--- The dry run of one future. Problems of the graph are text, not errors.
-CREATE FUNCTION duroxide.explain_future(fut text) RETURNS text
+-- The dry run of one future, as a tree or as a diagram (0009_diagram.sql). Problems of the graph are text, not errors.
+CREATE FUNCTION duroxide.explain_future(fut text, diagram boolean) RETURNS text
 LANGUAGE plpgsql IMMUTABLE STRICT
 SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
+    IF diagram THEN
+        RETURN duroxide.diagram_graph(duroxide.flatten(duroxide.decode(fut), 0), NULL);
+    END IF;
     RETURN duroxide.explain_graph(duroxide.flatten(duroxide.decode(fut), 0), NULL);
 EXCEPTION
     WHEN invalid_parameter_value OR check_violation OR syntax_error OR program_limit_exceeded OR statement_too_complex THEN
@@ -157,7 +160,7 @@ EXCEPTION
 END $$;
 
 -- `path` is the caller's search_path: an expression is evaluated by the caller, in the caller's terms.
-CREATE FUNCTION duroxide.explain(input text, path text) RETURNS text
+CREATE FUNCTION duroxide.explain(input text, path text, diagram boolean) RETURNS text
 LANGUAGE plpgsql STRICT
 SET search_path = pg_catalog, pg_temp
 AS $$
@@ -166,16 +169,19 @@ DECLARE
     v_node jsonb;
 BEGIN
     IF v_input ~ '^[0-9a-fA-F]{8}$' THEN
+        IF diagram THEN
+            RETURN duroxide.diagram_instance(lower(v_input));
+        END IF;
         RETURN duroxide.explain_instance(lower(v_input));
     ELSIF left(v_input, 1) = '{' AND duroxide.is_json(v_input) THEN
         v_node := v_input::jsonb;
         IF jsonb_typeof(v_node->'node_type') = 'string' THEN
-            RETURN regexp_replace(duroxide.explain_future(v_input), '^Invalid durable function: ', 'Failed to parse Durofut JSON: ');
+            RETURN regexp_replace(duroxide.explain_future(v_input, diagram), '^Invalid durable function: ', 'Failed to parse Durofut JSON: ');
         END IF;
     END IF;
     IF v_input !~ '~>|\|=>|\?>|!>|@>|df\.' THEN
         IF v_input ~* '^((SELECT|INSERT|UPDATE|DELETE|WITH)[ \n]|(CREATE|ALTER|DROP|CALL|DO|TRUNCATE|GRANT|REVOKE|EXPLAIN) )' THEN
-            RETURN duroxide.explain_future(v_input);
+            RETURN duroxide.explain_future(v_input, diagram);
         END IF;
         RETURN E'Cannot explain input: not a valid Durofut JSON, instance ID, SQL statement, or DSL expression.\n'
                'Hint: DSL expressions use df.*() functions and operators like ~>, |=>, &, |.';
@@ -188,9 +194,9 @@ BEGIN
     ELSIF v_input !~ '^\s*\{' OR NOT duroxide.is_json(v_input) OR jsonb_typeof(v_input::jsonb->'node_type') IS DISTINCT FROM 'string' THEN
         RETURN 'Failed to parse Durofut JSON: the expression''s value is no workflow: ' || duroxide.cut(v_input, 60);
     END IF;
-    RETURN regexp_replace(duroxide.explain_future(v_input), '^Invalid durable function: ', 'Failed to parse Durofut JSON: ');
+    RETURN regexp_replace(duroxide.explain_future(v_input, diagram), '^Invalid durable function: ', 'Failed to parse Durofut JSON: ');
 END $$;
 
 CREATE FUNCTION df.explain(input text) RETURNS text
 LANGUAGE sql STRICT
-RETURN duroxide.explain(input, current_setting('search_path'));
+RETURN duroxide.explain(input, current_setting('search_path'), false);

@@ -122,7 +122,7 @@ BEGIN ATOMIC
         ('SELECT', 'df.nodes', true),
         ('SELECT, INSERT, UPDATE, DELETE', 'df.vars', true),
         ('SELECT', 'duroxide.instances', true),
-        ('INSERT (id, label, graph, vars, database)', 'duroxide.instances', true),
+        ('INSERT (id, label, graph, vars, database), DELETE', 'duroxide.instances', true),
         ('SELECT (instance_id, wake_at, claims, crashes, started_at)', 'duroxide.queue', true),
         ('SELECT', 'duroxide.history', true),
         ('INSERT (instance_id, kind, name, data)', 'duroxide.signals', true),

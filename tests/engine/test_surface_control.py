@@ -73,7 +73,7 @@ def test_a_taken_id_is_replaced(df: Connection) -> None:
         INSERT INTO duroxide.instances (id, graph)
         SELECT lpad(to_hex(i), 8, '0'), '[]' FROM generate_series(0, 4095) i""")
     before = value(df, "SELECT count(*) FROM duroxide.instances")
-    source = value(df, "SELECT pg_get_functiondef('df.start'::regproc)")
+    source = value(df, "SELECT pg_get_functiondef('duroxide.submit'::regproc)")
     df.execute(source.replace("left(v_random, 8)", "'00000' || left(v_random, 3)"))
     error = refused(df, "SELECT df.start('SELECT 1')")
     assert (error.message, error.sqlstate) == ("Failed to create instance", "55000")
@@ -207,7 +207,8 @@ def test_the_checks_of_start_in_their_order(df: Connection) -> None:
     assert value(df, "SELECT submitted_by::text FROM df.instances WHERE id = %s", instance) == "surface_nologin"
     assert refused(df, "SELECT df.start(NULL)").sqlstate == "22004"
     assert refused(df, "SELECT df.start('SELECT 1', transaction_mode => NULL)").sqlstate == "22023"
-    assert refused(df, "SELECT df.start('SELECT 1', transaction_mode => 'New')").sqlstate == "0A000"
+    df.execute("RESET ROLE; INSERT INTO duroxide.settings VALUES ('new_transaction_start_timeout', '0.1')")
+    assert refused(df, "SELECT df.start('SELECT 1', transaction_mode => 'New')").sqlstate == "55000"
 
 
 def test_superusers_are_refused_unless_the_setting_allows_them(shared_surface: Database) -> None:

@@ -148,7 +148,6 @@ FORGERIES = [
     "UPDATE duroxide.instances SET status = 'completed'",
     "UPDATE df.instances SET status = 'completed'",
     "UPDATE duroxide.instances SET graph = '[]'",
-    "DELETE FROM duroxide.instances",
     "DELETE FROM df.instances",
     "INSERT INTO duroxide.queue (instance_id) VALUES ('00000001')",
     "UPDATE duroxide.queue SET wake_at = now()",
