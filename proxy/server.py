@@ -12,6 +12,7 @@ import structlog
 
 from proxy.authentication import AuthMode
 from proxy.launch import Launcher
+from proxy.hosts import Hosts
 from proxy.relay import Leg
 from proxy.rewriter import Rewriter
 from proxy.session import Key, Limits, Session
@@ -75,6 +76,7 @@ class ProxyServer:
         if config.tls_required and config.tls is None:
             raise TlsConfigError("tls_required needs tls_cert and tls_key")
         self.upstream_tls = UpstreamTls(self.upstream.tls)
+        self.hosts = Hosts(self.upstream, self.upstream_tls)
         self.tls = ServerTls(config.tls) if config.tls is not None else None
         self.tls_required = config.tls_required
         self.auth = config.auth

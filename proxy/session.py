@@ -20,6 +20,7 @@ import structlog
 
 from proxy.authentication import Authenticator, AuthMode, Legs, RefusalError, Step
 from proxy.encodings import codec
+from proxy.hosts import Hosts
 from proxy.launch import Launcher, Requests
 from proxy.relay import Hold, Leg, Relay
 from proxy.replies import client_view
@@ -88,6 +89,7 @@ class Host(Protocol):
 
     upstream: Upstream
     upstream_tls: UpstreamTls
+    hosts: Hosts
     #: TLS for clients; None: there is none.
     tls: ServerTls | None
     tls_required: bool
@@ -282,7 +284,7 @@ class Session:
         if not self._host.admit(self):
             self._refuse("53300", "sorry, too many clients already: dfproxy's limit is reached")
             return
-        server, self._address = await self._host.upstream.dial(self._make_server, self._host.upstream_tls.connect)
+        server, self._address = await self._host.hosts.dial(self._make_server)
         self._server = server
         self._launcher = self._host.launchers.get(_database(packet))
         self._authenticator = Authenticator(self._host.auth, self._legs(server), _user(packet))
@@ -667,7 +669,13 @@ class Session:
 
     def _parameter(self, payload: bytes) -> None:
         name, value = backend.parameter_status(payload)
-        if name in self._parameters:
+        if name == "in_hot_standby" and self._address is not None:
+            if not self._host.hosts.reported(self._address, value == "on") and not self._ready:
+                raise RefusalError(
+                    "57P03", f"the server at {self._address} is {'a' if value == 'on' else 'no'} standby, and dfproxy's"
+                    f" upstream says target_session_attrs={self._host.upstream.wanted.value}",
+                    hint="Connect again: dfproxy will look for another host.")
+        elif name in self._parameters:
             self._parameters[name] = value
             self._dialect = Dialect(
                 codec(self._parameters["client_encoding"], self._parameters["server_encoding"]),

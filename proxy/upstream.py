@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, unquote
@@ -55,6 +57,40 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
+class SessionAttributes(Enum):
+    """`target_session_attrs` of libpq: which of several hosts will do."""
+
+    ANY = "any"
+    READ_WRITE = "read-write"
+    READ_ONLY = "read-only"
+    PRIMARY = "primary"
+    STANDBY = "standby"
+    PREFER_STANDBY = "prefer-standby"
+
+    def suits(self, standby: bool, read_only: bool = False) -> bool:
+        """Whether a server will do that is a standby, or whose transactions are read-only unless they say otherwise."""
+        match self:
+            case SessionAttributes.READ_WRITE:
+                return not standby and not read_only
+            case SessionAttributes.READ_ONLY:
+                return standby or read_only
+            case SessionAttributes.PRIMARY:
+                return not standby
+            case SessionAttributes.STANDBY:
+                return standby
+            case _:
+                return True
+
+
+@dataclass(frozen=True)
+class Login:
+    """Whom the upstream's connection string names. Clients log in as themselves; this is for the proxy's own looks."""
+
+    user: str
+    database: str
+    password: str | None = field(default=None, repr=False)
+
+
 #: Connects to one address within seconds. Raises OSError, TimeoutError.
 Connect = Callable[[Address, Callable[[], P], float], Awaitable[P]]
 
@@ -63,18 +99,21 @@ Connect = Callable[[Address, Callable[[], P], float], Awaitable[P]]
 class Upstream:
     """Where the server is: one address, or several of which the first that answers is used.
 
-    `connect_timeout` is seconds for each address, `tls` what the `ssl…` parameters say.
+    `connect_timeout` is seconds for each address, `tls` what the `ssl…` parameters say, `wanted` which of several
+    hosts will do (proxy/hosts.py finds it), `login` the user and password of the string.
     """
 
     addresses: tuple[Address, ...]
     connect_timeout: float = 10.0
     tls: ClientTls = field(default_factory=ClientTls)
+    wanted: SessionAttributes = SessionAttributes.ANY
+    login: Login | None = None
 
     @classmethod
     def parse(cls, dsn: str) -> Upstream:
         """What a libpq URI (`postgresql://…`) or keyword string (`host=… port=…`) says.
 
-        User, password, database and options other than `ssl…` are the clients' own business and are not looked at.
+        Clients have users, passwords, databases and options of their own: those in the string are not for them.
         Raises ValueError, never quoting the string (it may hold a password).
         """
         options = _parse_uri(dsn) if re.match(r"postgres(ql)?://", dsn) else _parse_keywords(dsn)
@@ -96,6 +135,8 @@ class Upstream:
                 for name, port, server_name in zip(names, ports, server_names, strict=True)
             ),
             tls=tls,
+            wanted=_wanted(options.get("target_session_attrs") or os.environ.get("PGTARGETSESSIONATTRS") or "any"),
+            login=_login(options),
         )
         if timeout := options.get("connect_timeout"):
             try:
@@ -147,6 +188,22 @@ def tune(transport: asyncio.Transport) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
+def _wanted(text: str) -> SessionAttributes:
+    try:
+        return SessionAttributes(text)
+    except ValueError:
+        names = ", ".join(a.value for a in SessionAttributes)
+        raise ValueError(f"target_session_attrs in the upstream is one of {names}") from None
+
+
+def _login(options: dict[str, str]) -> Login | None:
+    user = options.get("user") or os.environ.get("PGUSER")
+    if not user:
+        return None
+    database = options.get("dbname") or os.environ.get("PGDATABASE") or user
+    return Login(user, database, options.get("password") or os.environ.get("PGPASSWORD"))
+
+
 def _address(host: str, port: str) -> Address:
     try:
         number = int(port) if port else DEFAULT_PORT
@@ -167,7 +224,8 @@ def _parse_uri(uri: str) -> dict[str, str]:
     rest = uri.partition("://")[2]
     rest, _, query = rest.partition("?")
     authority, _, database = rest.partition("/")
-    _, _, hosts = authority.rpartition("@")
+    credentials, _, hosts = authority.rpartition("@")
+    user, _, password = credentials.partition(":")
     names, ports = [], []
     for host in hosts.split(","):
         match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::(\d*))?", host)
@@ -175,7 +233,8 @@ def _parse_uri(uri: str) -> dict[str, str]:
             raise ValueError("a host of the upstream is not HOST or HOST:PORT (an IPv6 address goes in brackets)")
         names.append(unquote(match[1].strip("[]")))
         ports.append(match[2] or "")
-    options = {"host": ",".join(names), "port": ",".join(ports), "dbname": unquote(database)}
+    options = {"host": ",".join(names), "port": ",".join(ports), "dbname": unquote(database),
+               "user": unquote(user), "password": unquote(password)}
     for name, value in parse_qsl(query, keep_blank_values=True):
         options[name] = value
     if not any(ports) and "port" not in dict(parse_qsl(query)):
