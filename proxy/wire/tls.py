@@ -54,7 +54,8 @@ class TlsStream:
     def read(self) -> bytes:
         """Everything that can be decrypted by now. The handshake is over."""
         chunks = []
-        while not self.ended:
+        # To ask for more than there is costs an exception, at each message.
+        while not self.ended and (self._incoming.pending or self._object.pending()):
             try:
                 chunk = self._object.read(_RECORD)
             except ssl.SSLWantReadError:

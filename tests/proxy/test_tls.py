@@ -547,6 +547,18 @@ def test_a_proxy_behind_a_proxy(
                 c.execute("SELECT pg_sleep(60)")
 
 
+@pytest.mark.parametrize("mode", ["require", "verify-ca", "verify-full"])
+def test_a_server_whose_certificate_has_expired(database18: Database, authority: Authority, mode: str) -> None:
+    """With nothing to verify by, `require` takes it; as libpq does."""
+    pair = authority.issue("late", expired=True)
+    with running_proxy(database18.dsn(), tls=ServerTlsFiles(str(pair.cert), str(pair.key))) as inner:
+        dsn = f"postgresql://localhost:{inner.port}/?hostaddr=127.0.0.1&sslmode={mode}"
+        if mode == "require":
+            assert through(authority, dsn, database18.name, database18.owner) is False  # of the innermost leg
+        with pytest.raises(psycopg.OperationalError, match="certificate is not accepted: certificate has expired"):
+            through(authority, f"{dsn}&sslrootcert={authority.file}", database18.name, database18.owner)
+
+
 class Impostor:
     """Takes one connection after the other, waits for SSLRequest, and answers it its own way."""
 
