@@ -107,8 +107,7 @@ SELECT {_SOON},
           FROM duroxide.claim($1::text::uuid, $2) c)::text,
        (SELECT jsonb_agg(jsonb_build_array(s.instance_id, s.seq, s.kind, s.name, s.data) ORDER BY s.seq)
           FROM duroxide.inbox($1::text::uuid) s)::text,
-       (SELECT CASE WHEN isfinite(min(q.wake_at)) THEN extract(epoch FROM min(q.wake_at))::float8 END
-          FROM duroxide.queue q WHERE q.owner IS NULL AND q.wake_at > clock_timestamp()),
+       extract(epoch FROM duroxide.next_due())::float8,
        extract(epoch FROM clock_timestamp())::float8
 """
 
@@ -339,10 +338,7 @@ class Store:
     async def unregister(self) -> None:
         """Gives everything back and leaves."""
         async with self._connection() as c:
-            await c.execute(
-                "UPDATE duroxide.queue SET owner = NULL, token = NULL, wake_at = clock_timestamp() "
-                "WHERE owner = $1::text::uuid", self.worker_id)
-            await c.execute("DELETE FROM duroxide.workers WHERE id = $1::text::uuid", self.worker_id)
+            await c.execute("SELECT duroxide.leave($1::text::uuid)", self.worker_id)
 
     async def heartbeat(self) -> bool:
         """Renews the lease and frees what lost workers held. False: this worker was given up itself."""

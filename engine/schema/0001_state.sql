@@ -48,7 +48,7 @@ CREATE TABLE duroxide.workers (
 ) WITH (fillfactor = 50);
 
 -- An unfinished instance: runnable or parked (owner null), or held by a worker. Narrow, and gone when it ends.
--- No foreign key to workers: a lost worker's rows outlive its row until somebody claims them.
+-- No foreign key to workers: it would lock the worker's row at every claim and check what claim and heartbeat ensure.
 CREATE TABLE duroxide.queue (
     instance_id text COLLATE "C" PRIMARY KEY,
     wake_at     timestamptz NOT NULL DEFAULT now(),   -- infinity: only a signal or a cancel wakes it
@@ -167,56 +167,95 @@ CREATE TRIGGER on_cancel AFTER INSERT ON duroxide.signals
 
 -- A worker's life sign and reaper in one: renews its own lease, frees the instances of workers whose lease ran out.
 -- False: this worker itself was given up; it must drop everything and register anew.
+-- Three statements, each with a snapshot of its own: what a lost worker claimed until its row was locked is seen and freed,
+-- and what it tries to claim from then on is refused (claim locks the same row).
 CREATE FUNCTION duroxide.heartbeat(p_worker uuid) RETURNS boolean
 LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     v_alive boolean;
+    v_lost uuid[];
 BEGIN
     UPDATE duroxide.workers SET heartbeat_at = clock_timestamp() WHERE id = p_worker;
     v_alive := FOUND;
-    WITH lost AS (
-        DELETE FROM duroxide.workers
-         WHERE id IN (SELECT w.id FROM duroxide.workers w
-                       WHERE w.heartbeat_at + w.lease < clock_timestamp() AND w.id <> p_worker
-                         FOR UPDATE SKIP LOCKED)
-        RETURNING id)
-    UPDATE duroxide.queue q
-       SET owner = NULL, token = NULL, wake_at = clock_timestamp(), crashes = q.crashes + 1
-      FROM lost WHERE q.owner = lost.id;
+    v_lost := ARRAY(SELECT w.id FROM duroxide.workers w
+                     WHERE w.heartbeat_at + w.lease < clock_timestamp() AND w.id <> p_worker
+                       FOR UPDATE SKIP LOCKED);
+    IF v_lost <> '{}' THEN
+        UPDATE duroxide.queue SET owner = NULL, token = NULL, wake_at = clock_timestamp(), crashes = crashes + 1
+         WHERE owner = ANY (v_lost);
+        DELETE FROM duroxide.workers WHERE id = ANY (v_lost);
+    END IF;
+    -- Owners that are not registered at all: somebody deleted from workers by hand.
+    UPDATE duroxide.queue q SET owner = NULL, token = NULL, wake_at = clock_timestamp()
+     WHERE q.owner IS NOT NULL AND NOT EXISTS (SELECT FROM duroxide.workers w WHERE w.id = q.owner);
     RETURN v_alive;
 END $$;
 
--- Claims up to p_limit instances that are due or have something unseen in their inbox.
-CREATE FUNCTION duroxide.claim(p_worker uuid, p_limit integer)
-RETURNS TABLE (instance_id text, token uuid, fresh boolean, crashes integer)
-LANGUAGE sql
+-- A worker that stops gives back everything, and is forgotten. Its row goes first: a claim of its that is still under way
+-- is waited for, and then freed with the rest.
+CREATE FUNCTION duroxide.leave(p_worker uuid) RETURNS void
+LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
 AS $$
-    WITH due AS (
-        SELECT q.instance_id FROM duroxide.queue q
-         WHERE q.owner IS NULL AND q.wake_at <= clock_timestamp()
-         ORDER BY q.wake_at LIMIT p_limit FOR UPDATE SKIP LOCKED
-    ), called AS (
-        SELECT q.instance_id FROM duroxide.queue q
-         WHERE q.owner IS NULL AND q.instance_id IN (SELECT s.instance_id FROM duroxide.signals s WHERE NOT s.seen)
-         LIMIT p_limit FOR UPDATE SKIP LOCKED
-    ), taken AS (
-        SELECT d.instance_id FROM due d UNION SELECT c.instance_id FROM called c LIMIT p_limit
-    ), seen AS (
-        UPDATE duroxide.signals s SET seen = true
-         WHERE s.seq IN (SELECT n.seq FROM duroxide.signals n
-                          WHERE NOT n.seen AND n.instance_id IN (SELECT t.instance_id FROM taken t)
-                            FOR UPDATE SKIP LOCKED)
-    )
+BEGIN
+    DELETE FROM duroxide.workers WHERE id = p_worker;
+    UPDATE duroxide.queue SET owner = NULL, token = NULL, wake_at = clock_timestamp() WHERE owner = p_worker;
+END $$;
+
+-- Claims up to p_limit instances that are due or have something unseen in their inbox; the latter get at most half while
+-- others are due, so that neither kind starves the other. Nothing for a worker that is not registered (any more).
+-- Plans are made for a queue of millions, whatever the statistics said when they were made.
+CREATE FUNCTION duroxide.claim(p_worker uuid, p_limit integer)
+RETURNS TABLE (instance_id text, token uuid, fresh boolean, crashes integer)
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_sort = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
+#variable_conflict use_column
+DECLARE
+    v_now timestamptz := clock_timestamp();
+    v_called text[];
+    v_due text[];
+BEGIN
+    IF p_limit <= 0 THEN
+        RETURN;
+    END IF;
+    v_called := ARRAY(SELECT q.instance_id FROM duroxide.signals s JOIN duroxide.queue q ON q.instance_id = s.instance_id
+                       WHERE NOT s.seen AND q.owner IS NULL
+                       LIMIT (p_limit + 1) / 2 FOR UPDATE OF q SKIP LOCKED);
+    v_due := ARRAY(SELECT q.instance_id FROM duroxide.queue q
+                    WHERE q.owner IS NULL AND q.wake_at <= v_now
+                    ORDER BY q.wake_at LIMIT p_limit - cardinality(v_called) FOR UPDATE SKIP LOCKED);
+    v_due := v_due || v_called;
+    IF v_due = '{}' THEN
+        RETURN;
+    END IF;
+    PERFORM FROM duroxide.workers w WHERE w.id = p_worker FOR KEY SHARE;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    UPDATE duroxide.signals s SET seen = true
+     WHERE s.seq IN (SELECT n.seq FROM duroxide.signals n
+                      WHERE NOT n.seen AND n.instance_id = ANY (v_due) FOR UPDATE SKIP LOCKED);
+    RETURN QUERY
     UPDATE duroxide.queue q
-       SET owner = p_worker, token = gen_random_uuid(), claims = q.claims + 1,
-           started_at = COALESCE(q.started_at, clock_timestamp())
-      FROM taken t
-     WHERE q.instance_id = t.instance_id
-    RETURNING q.instance_id, q.token, q.claims = 1, q.crashes
-$$;
+       SET owner = p_worker, token = gen_random_uuid(), claims = q.claims + 1, started_at = COALESCE(q.started_at, v_now)
+     WHERE q.instance_id = ANY (v_due)
+    RETURNING q.instance_id, q.token, q.claims = 1, q.crashes;
+END $$;
+
+-- When the next parked instance is due; NULL if none ever will be by itself.
+CREATE FUNCTION duroxide.next_due() RETURNS timestamptz
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_sort = off
+AS $$
+BEGIN
+    RETURN (SELECT q.wake_at FROM duroxide.queue q
+             WHERE q.owner IS NULL AND q.wake_at > now() AND q.wake_at < 'infinity' ORDER BY q.wake_at LIMIT 1);
+END $$;
 
 -- New inbox entries of instances that this worker holds; marks them seen. Like claim, it passes by what a caller's open
 -- transaction has locked (a delete), which must not hold up the worker.
@@ -224,6 +263,7 @@ CREATE FUNCTION duroxide.inbox(p_worker uuid)
 RETURNS TABLE (seq bigint, instance_id text, kind text, name text, data text)
 LANGUAGE sql
 SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
     UPDATE duroxide.signals s SET seen = true
      WHERE s.seq IN (SELECT n.seq FROM duroxide.signals n JOIN duroxide.queue q ON q.instance_id = n.instance_id
@@ -251,6 +291,7 @@ CREATE FUNCTION duroxide.checkpoint(
 RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
 AS $$
 DECLARE
     v_started timestamptz;
@@ -308,6 +349,6 @@ AS $$
 $$;
 
 REVOKE ALL ON ALL TABLES IN SCHEMA duroxide FROM PUBLIC;
-REVOKE ALL ON FUNCTION duroxide.heartbeat(uuid), duroxide.claim(uuid, integer), duroxide.inbox(uuid),
-    duroxide.release(uuid, text[]),
+REVOKE ALL ON FUNCTION duroxide.heartbeat(uuid), duroxide.leave(uuid), duroxide.claim(uuid, integer),
+    duroxide.next_due(), duroxide.inbox(uuid), duroxide.release(uuid, text[]),
     duroxide.checkpoint(text, uuid, jsonb, text, bigint[], text[], jsonb, timestamptz, jsonb) FROM PUBLIC;
