@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fix_postgres import Database
+from tests.proxy.fix_tls import files, plain_cluster, proxy_pair, tls_cluster
 from tests.proxy.proxies import RunningProxy, running_proxy
+
+__all__ = ["files", "plain_cluster", "proxied", "proxied18", "proxy_pair", "tls_cluster"]
 
 
 @pytest.fixture
