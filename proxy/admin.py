@@ -13,6 +13,7 @@ async def init(settings: Settings, grants: Sequence[str] = ()) -> int:
     """Installs or upgrades the schemas, lets the roles of `grants` use df.*, and repairs executor logins."""
     databases = await wiring.install(settings)
     settings = await wiring.with_shared_secret(settings, databases)
+    await wiring.make_keys(settings, databases)
     for name in databases:
         uri = dsn.with_database(settings.dsn, name)
         connection = await wiring.connect(uri)

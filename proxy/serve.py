@@ -21,6 +21,7 @@ import proxy
 from proxy import dsn, wiring
 from proxy.faults import cannot_listen
 from proxy.launch import Launcher
+from proxy.limits import allow_connections
 from proxy.local import LocalServer, default_folder
 from proxy.server import ProxyServer
 from proxy.settings import Settings
@@ -103,6 +104,7 @@ async def prepared(settings: Settings) -> AsyncIterator[Ready]:
         if settings.engine:
             databases = await wiring.install(settings)
             settings = await wiring.with_shared_secret(settings, databases)
+            await wiring.make_keys(settings, databases)
         if local is not None and settings.engine:
             await local.grant()
         yield Ready(settings, databases, local)
@@ -131,6 +133,7 @@ async def serve_here(ready: Ready, stop: asyncio.Event, *, announce: Callable[[i
     from engine.worker import Worker
 
     settings = ready.settings
+    allow_connections(settings.max_client_connections)
     workers = [Worker(wiring.engine_settings(settings, name)) for name in ready.databases]
 
     def on_commit() -> None:
@@ -172,6 +175,7 @@ async def work(settings: Settings) -> int:
     stop = stop_on_signals()
     databases = await wiring.install(settings)
     settings = await wiring.with_shared_secret(settings, databases)
+    await wiring.make_keys(settings, databases)
     workers = [Worker(wiring.engine_settings(settings, name)) for name in databases]
     async with asyncio.TaskGroup() as group:
         for worker in workers:

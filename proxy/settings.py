@@ -8,13 +8,25 @@ key as the person wrote it (`--listen`, `DFPROXY_LISTEN`, `listen in dfproxy.tom
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+
+from engine.http.policy import HostList
 
 PREFIX = "DFPROXY_"
 CONFIG_NAME = "dfproxy.toml"
@@ -43,6 +55,27 @@ def _split(value: object) -> object:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
+def _hosts(value: tuple[str, ...]) -> tuple[str, ...]:
+    HostList.parse(value)
+    return value
+
+
+Hosts = Annotated[Names, AfterValidator(_hosts)]
+
+
+def _networks(value: tuple[str, ...]) -> tuple[str, ...]:
+    for text in value:
+        if text != "unix":
+            try:
+                ipaddress.ip_network(text)
+            except ValueError:
+                raise ValueError(f"{text!r} is not a network, as in 10.0.0.0/8, nor an address, nor unix") from None
+    return value
+
+
+Networks = Annotated[Names, AfterValidator(_networks)]
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -76,6 +109,10 @@ class Settings(BaseModel):
     # Where
     upstream: SecretStr | None = Field(None, description="libpq URI of the PostgreSQL server; none: the embedded one")
     listen: Annotated[str, BeforeValidator(_address)] = Field("127.0.0.1:6432", description="where clients connect")
+    socket_dir: Path | None = Field(None, description="folder for a Unix-domain socket, besides `listen`")
+    reuse_port: bool = Field(False, description="share address and port with another dfproxy: a restart without a gap")
+    proxy_protocol: Networks = Field(
+        (), description="networks (`unix`: the socket's clients) whose connections begin with a PROXY header")
     data_dir: Path | None = Field(None, description="folder of the embedded PostgreSQL")
     databases: Names = Field((), description="further databases with workflows, or `*` for every one")
 
@@ -121,6 +158,19 @@ class Settings(BaseModel):
     loop_history_rounds: int = Field(10, ge=0, le=100_000, description="finished loop rounds whose history is kept")
     max_crashes: int = Field(10, ge=1, le=1000, description="lost workers after which a workflow is given up")
     list_instances_max_limit: int = Field(1000, ge=1, le=1_000_000, description="most rows of df.list_instances")
+
+    # HTTP steps
+    http_enabled: bool = Field(True, description="let workflows call out by HTTP")
+    http_allow: Hosts = Field(
+        (), description="hosts that may be called: names, *.suffix, *, networks; none: any public host")
+    http_deny: Hosts = Field((), description="hosts that may not, whatever http_allow says")
+    http_allow_plain: bool = Field(True, description="http:// beside https://")
+    http_max_request_bytes: int = Field(10 * 2**20, ge=1024, description="largest body sent")
+    http_max_response_bytes: int = Field(10 * 2**20, ge=1024, description="largest body received, also unpacked")
+    http_max_timeout: float = Field(300.0, gt=0, le=86400, description="longest timeout of a call")
+    http_max_parallel: int = Field(100, ge=1, le=10_000, description="calls at a time, per process")
+    http_max_parallel_per_host: int = Field(20, ge=1, le=10_000, description="of those, to one host and port")
+    http_ca_file: Path | None = Field(None, description="authorities (PEM) to trust beside the system's")
 
     @model_validator(mode="after")
     def _check_tls(self) -> Self:

@@ -10,11 +10,14 @@ from pydantic import SecretStr
 
 import proxy
 from engine import migrate
+from engine.http.policy import HostList, HttpPolicy
+from engine.http.secrets import ensure_key
+from engine.http.transport import trust
 from engine.settings import EngineSettings
 from proxy import dsn, faults
 from proxy.authentication import AuthMode
 from proxy.server import ProxyConfig
-from proxy.settings import Settings
+from proxy.settings import Settings, SettingsError
 from proxy.tls import ServerTls, ServerTlsFiles, UpstreamTls
 from proxy.upstream import Upstream
 
@@ -42,7 +45,8 @@ def proxy_config(settings: Settings, *, reuse_port: bool = False) -> ProxyConfig
     """What the relay is told."""
     host, port = settings.address
     return ProxyConfig(
-        host=host, port=port, upstream=Upstream.parse(settings.dsn), reuse_port=reuse_port,
+        host=host, port=port, upstream=Upstream.parse(settings.dsn), reuse_port=reuse_port or settings.reuse_port,
+        socket_dir=settings.socket_dir, proxy_protocol=settings.proxy_protocol,
         startup_timeout=settings.startup_timeout, drain_timeout=settings.drain_timeout,
         max_client_connections=settings.max_client_connections,
         tls=tls_files(settings), tls_required=settings.tls_required, auth=AuthMode(settings.auth),
@@ -85,6 +89,28 @@ def engine_settings(settings: Settings, database: str) -> EngineSettings:
         enable_superuser_instances=settings.enable_superuser_instances,
         require_login=settings.require_login,
         allow_set_role=settings.allow_set_role,
+        http=http_policy(settings),
+    )
+
+
+def http_policy(settings: Settings) -> HttpPolicy:
+    """What workflows may call. Raises SettingsError for a file of authorities that can't be used."""
+    if settings.http_ca_file is not None:
+        try:
+            trust(settings.http_ca_file)
+        except OSError as e:  # also what ssl raises
+            raise SettingsError(f"http_ca_file: can't use {settings.http_ca_file}: {e.strerror or e}") from e
+    return HttpPolicy(
+        enabled=settings.http_enabled,
+        allow=HostList.parse(settings.http_allow),
+        deny=HostList.parse(settings.http_deny),
+        allow_plain=settings.http_allow_plain,
+        max_request_bytes=settings.http_max_request_bytes,
+        max_response_bytes=settings.http_max_response_bytes,
+        max_timeout=settings.http_max_timeout,
+        max_parallel=settings.http_max_parallel,
+        max_parallel_per_host=settings.http_max_parallel_per_host,
+        ca_file=settings.http_ca_file,
     )
 
 
@@ -143,6 +169,16 @@ async def with_shared_secret(settings: Settings, databases: tuple[str, ...]) -> 
     finally:
         await connection.close()
     return settings.model_copy(update={"secret": hide(secret)})
+
+
+async def make_keys(settings: Settings, databases: tuple[str, ...]) -> None:
+    """Makes sure that secret variables can be sealed in each database. Call with the secret that workers will have."""
+    for name in databases:
+        connection = await connect(dsn.with_database(settings.dsn, name))
+        try:
+            await ensure_key(connection, settings.secret.get_secret_value() if settings.secret else None)
+        finally:
+            await connection.close()
 
 
 async def _mirror(uri: str, settings: Settings) -> None:

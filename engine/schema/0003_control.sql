@@ -383,7 +383,7 @@ BEGIN
         END IF;
         INSERT INTO duroxide.instances (id, label, graph, vars, database)
         VALUES (v_id, submit.label, v_graph,
-                COALESCE((SELECT jsonb_object_agg(v.name, v.value) FROM duroxide.vars v
+                COALESCE((SELECT jsonb_object_agg(v.name, COALESCE(v.sealed, v.value)) FROM duroxide.vars v
                            WHERE v.owner = duroxide.me() AND v.value IS NOT NULL), '{}'),
                 submit.database)
         ON CONFLICT (id) DO NOTHING;
