@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
@@ -21,6 +22,8 @@ ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.sql"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
 SECURITY = ROOT / "docs" / "security.md"
+#: Pages whose blocks are run one after the other. A first line `-- fails: ...` or `-- warns: ...` says what is expected.
+SESSIONS = [ROOT / "docs" / "guide.md"]
 #: The last lines that an example prints.
 ENDS = {
     "approval": ["completed", "approved"],
@@ -40,12 +43,53 @@ def without_comments(text: str) -> str:
     return "\n".join(line for line in text.splitlines() if not line.startswith("--")).strip()
 
 
+@dataclass
+class Block:
+    """A block of SQL in a page, what must be printed (None: anything), and what its first line says of it."""
+
+    line: int
+    sql: str
+    prints: str | None
+    fails: str | None
+    warns: str | None
+
+
+def session(page: Path) -> list[Block]:
+    """The SQL blocks of a page, which are one session. A `text` block that follows one at once is what it prints."""
+    text = page.read_text()
+    found: list[Block] = []
+    for match in re.finditer(r"^```sql\n(.*?)^```\n(?:\n*```text\n(.*?)^```)?", text, re.MULTILINE | re.DOTALL):
+        sql, prints = match.groups()
+        said = dict(re.findall(r"\A-- (fails|warns): (.*)$", sql, re.MULTILINE))
+        found.append(Block(text[: match.start()].count("\n") + 1, sql, prints, said.get("fails"), said.get("warns")))
+    return found
+
+
 class Production:
     """A server that was set up by the statements of docs/security.md, with a proxy in front of it."""
 
     def __init__(self, proxy: Proxy, bin_dir: Path) -> None:
         self.proxy = proxy
         self.bin_dir = bin_dir
+
+    def play(self, blocks: list[Block], page: str, user: str = "app") -> None:
+        """Runs the blocks of a page in one session, and compares what they print, their errors and their warnings."""
+        cut = "@@@ next block"
+        script = "".join(
+            f"\\set ON_ERROR_STOP {'off' if b.fails else 'on'}\n{b.sql}\n\\echo {cut}\n\\warn {cut}\n" for b in blocks)
+        done = subprocess.run([str(self.bin_dir / "psql"), "-X", "-At", "-q", self.proxy.dsn(user, "mydb")],
+                              input=script, capture_output=True, text=True, timeout=120, check=False)
+        printed, said = done.stdout.split(f"{cut}\n"), done.stderr.split(f"{cut}\n")
+        for number, block in enumerate(blocks):
+            where = f"{page}, line {block.line}"
+            stderr = said[number]
+            assert number + 1 < len(printed), f"{where}: {stderr}"
+            if block.prints is not None:
+                shown = [line.rstrip() for line in printed[number].splitlines()]
+                assert shown == block.prints.splitlines(), f"{where}: {stderr}"
+            assert ("ERROR:" in stderr, "WARNING:" in stderr) == (bool(block.fails), bool(block.warns)), f"{where}: {stderr}"
+            assert (block.fails or block.warns or "") in stderr, f"{where}: {stderr}"
+        assert done.returncode == 0
 
     def psql(self, script: str, user: str = "app") -> list[str]:
         """What psql prints, line by line; the script must not fail."""
@@ -109,9 +153,15 @@ def test_statements_of_the_operations_guide(production: Production) -> None:
         production.psql(block, user="dfproxy")
 
 
+@pytest.mark.parametrize("page", SESSIONS, ids=lambda p: p.stem)
+def test_pages_that_are_sessions(production: Production, page: Path) -> None:
+    production.psql("SELECT df.grant_usage('app', include_http => true)", user="dfproxy")
+    production.play(session(page), page.name)
+
+
 def test_no_page_has_sql_that_no_test_runs() -> None:
     with_sql = {p.relative_to(ROOT).as_posix() for p in PAGES if blocks(p, "sql")}
-    assert with_sql == {"README.md", "docs/operations.md", "docs/security.md"}
+    assert with_sql == {"README.md", "docs/operations.md", "docs/security.md"} | {p.relative_to(ROOT).as_posix() for p in SESSIONS}
     assert {p.stem for p in EXAMPLES} == set(ENDS)
     assert {p.name for p in EXAMPLES} == set(re.findall(r"\]\((\S+\.sql)\)", (ROOT / "examples/README.md").read_text()))
 
