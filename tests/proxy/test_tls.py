@@ -22,6 +22,7 @@ import psycopg
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from psycopg import sql
 
 from proxy.embedded import Cluster
 from proxy.relay import Leg
@@ -33,8 +34,8 @@ from proxy.wire.tls import ALPN, TlsStream
 from proxy.wire.tls_options import TlsConfigError, for_asyncpg
 from tests.e2e.fix_dfproxy import running_proxy as running_command
 from tests.fix_certificates import Authority, Pair
-from tests.fix_postgres import Database
-from tests.proxy.fix_tls import PASSWORD, Login, guarded_proxy, needs_tls_server, upstream_dsn
+from tests.fix_postgres import Database, fresh_database
+from tests.proxy.fix_tls import PASSWORD, TLS_VERSION, Login, guarded_proxy, needs_tls_server, upstream_dsn
 from tests.proxy.proxies import RunningProxy, running_proxy
 from tests.proxy.test_adversity import eventually, read_until, rest
 
@@ -797,3 +798,29 @@ async def test_asyncpg_with_direct_tls_and_the_systems_authorities(
         c = await asyncpg.connect(uri, **arguments)
         assert await c.fetchval("SELECT 1") == 1
         await c.close()
+
+
+@needs_tls_server
+def test_a_workflow_with_tls_everywhere(tls_cluster: Cluster, authority: Authority, files: ServerTlsFiles) -> None:
+    """The whole command: client, relay, worker and steps, and nothing of it in the open."""
+    with fresh_database(tls_cluster, TLS_VERSION) as database:
+        with psycopg.connect(tls_cluster.dsn(), autocommit=True) as c:
+            c.execute(sql.SQL("ALTER ROLE {} PASSWORD 'secret'").format(sql.Identifier(database.owner)))
+        upstream = (f"postgresql://{database.owner}:secret@localhost:{tls_cluster.port}/{database.name}"
+                    f"?sslmode=verify-full&sslrootcert={authority.file}")
+        options = ["--set", f"tls_cert={files.certificate}", "--set", f"tls_key={files.key}", "--set", "tls_required=on"]
+        with running_command(upstream, *options) as command, psycopg.connect(
+            f"postgresql://{database.owner}:secret@localhost:{command.port}/{database.name}", autocommit=True,
+            sslmode="verify-full", sslrootcert=str(authority.file), hostaddr="127.0.0.1",
+        ) as c:
+            row = c.execute("SELECT df.start('SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()' |=> 'x')").fetchone()
+            assert row is not None
+            assert c.execute("SELECT df.await_instance(%s, 60)", row).fetchone() == ("completed",)
+            result = c.execute("SELECT df.result(%s)::text", row).fetchone()
+            assert result is not None
+            assert '"ssl": true' in result[0] or '"ssl":true' in result[0]
+            with psycopg.connect(database.superuser_dsn) as other:
+                plain = other.execute(
+                    "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE datname = %s AND NOT ssl"
+                    " AND application_name LIKE 'dfproxy%%'", (database.name,)).fetchone()
+                assert plain == (0,)
