@@ -23,7 +23,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.sql"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
 SECURITY = ROOT / "docs" / "security.md"
 #: Pages whose blocks are run one after the other. A first line `-- fails: ...` or `-- warns: ...` says what is expected.
-SESSIONS = [ROOT / "docs" / "guide.md"]
+SESSIONS = [ROOT / "docs" / "guide.md", ROOT / "docs" / "reference.md"]
 #: The last lines that an example prints.
 ENDS = {
     "approval": ["completed", "approved"],
