@@ -7,6 +7,7 @@ bytes on their way is the business of the two pumps that it is given (proxy/sess
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import ssl
 from collections.abc import Callable, Sequence
 from enum import IntFlag
@@ -165,6 +166,16 @@ class Leg(asyncio.Protocol):
         """The other end's address for a log line, or an empty text."""
         name = self._transport.get_extra_info("peername") if self._transport is not None else None
         return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name or "")
+
+    @property
+    def address(self) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+        """The other end's address; None on a Unix-domain socket, or without a connection."""
+        name = self._transport.get_extra_info("peername") if self._transport is not None else None
+        if not isinstance(name, tuple):
+            return None
+        address = ipaddress.ip_address(str(name[0]).partition("%")[0])
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        return mapped or address
 
     def hold(self, reason: Hold) -> None:
         """Stops reading until `release` was called for each reason."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Final
 
 import structlog
 
 from proxy.authentication import AuthMode
-from proxy.launch import Launcher
 from proxy.hosts import Hosts
+from proxy.launch import Launcher
+from proxy.listening import Listener, adopt
 from proxy.relay import Leg
 from proxy.rewriter import Rewriter
 from proxy.session import Key, Limits, Session
@@ -28,16 +32,20 @@ class ProxyConfig:
     """What a proxy is told. Times are seconds, sizes bytes.
 
     `upstream` is a libpq connection string or what Upstream.parse made of one; `port` 0 picks a free one;
-    `reuse_port` lets several processes listen on the same port. `startup_timeout` runs from a client's connection
-    until it is authenticated, `drain_timeout` from `drain` until what is left is cut. `write_buffer` is what may wait
-    for one side of a session before the other is no longer read, `max_rewrite` the longest statement that is looked
-    into. `tls` is the certificate for clients, None: TLS is not offered; with `tls_required` it is the only way in.
+    `reuse_port` lets several processes listen on the same port; in `socket_dir` there is a Unix-domain socket as well.
+    Peers in `proxy_protocol` (networks; `unix`: those of the Unix-domain socket) send a PROXY header, others don't.
+    `startup_timeout` runs from a client's connection until it is authenticated, `drain_timeout` from `drain` until what
+    is left is cut. `write_buffer` is what may wait for one side of a session before the other is no longer read,
+    `max_rewrite` the longest statement that is looked into. `tls` is the certificate for clients, None: TLS is not
+    offered; with `tls_required` it is the only way in.
     """
 
     upstream: Upstream | str
     host: str = "127.0.0.1"
     port: int = 6432
     reuse_port: bool = False
+    socket_dir: Path | None = None
+    proxy_protocol: tuple[str, ...] = ()
     backlog: int = 1024
     startup_timeout: float = 60.0
     drain_timeout: float = 30.0
@@ -51,7 +59,16 @@ class ProxyConfig:
 
 #: Connections that may be there beyond `max_client_connections`: those that have not authenticated, and cancel
 #: requests.
-_SPARE: Final = 1000
+SPARE: Final = 1000
+#: Cancel requests that are forwarded at a time; others wait for their turn.
+_MAX_CANCELS: Final = 100
+#: Seconds for which a session has to be quiet before it counts as idle when the proxy drains: between the messages of
+#: one request, and between those of a client that connects for one transaction, it only looks idle.
+_QUIET: Final = 0.5
+#: Seconds between looks at the sessions while the proxy drains.
+_LOOK: Final = 0.05
+#: What `proxy_protocol` says for clients of the Unix-domain socket.
+UNIX: Final = "unix"
 
 
 def _nothing() -> None:
@@ -82,13 +99,17 @@ class ProxyServer:
         self.auth = config.auth
         self.keys: dict[Key, Address] = {}
         self.draining = False
+        self.impatient = False
+        self.cancels = asyncio.Semaphore(_MAX_CANCELS)
+        self._forwarders = tuple(ipaddress.ip_network(n) for n in config.proxy_protocol if n != UNIX)
         self.rewriter = rewriter if rewriter is not None else Rewriter()
         self.launchers = launchers or {}
         self._on_commit = on_commit
         self._limits = Limits(config.startup_timeout, config.write_buffer, config.max_rewrite)
         self._sessions: set[Session] = set()
         self._admitted: set[Session] = set()
-        self._listener: asyncio.Server | None = None
+        self._listener: Listener | None = None
+        self._closing = False
         self._main: asyncio.Task[None] | None = None
         self._port: int | None = None
         self._group: asyncio.TaskGroup | None = None
@@ -102,23 +123,22 @@ class ProxyServer:
         if self._main is not None:
             raise RuntimeError("a ProxyServer starts once")
         config = self.config
-        self._listener = await asyncio.get_running_loop().create_server(
-            lambda: _ClientLeg(self, config.write_buffer),
-            config.host,
-            config.port,
-            reuse_port=config.reuse_port,
-            backlog=config.backlog,
-            start_serving=False,
-        )
-        self._port = int(self._listener.sockets[0].getsockname()[1])
+        listener = Listener(config.host, config.port, folder=config.socket_dir, reuse_port=config.reuse_port,
+                            backlog=config.backlog)
+        await listener.open(self._leg)
+        self._listener = listener
+        self._port = listener.port
         ready = asyncio.Event()
         self._main = asyncio.create_task(self._serve(ready), name="dfproxy-server")
         await ready.wait()
-        await self._listener.start_serving()
+        await listener.start()
+
+    def _leg(self) -> Leg:
+        return _ClientLeg(self, self.config.write_buffer)
 
     async def close(self) -> None:
         """Stops listening, cuts every connection and returns when all are gone."""
-        self.draining = True
+        self.draining = self._closing = True
         if self._listener is not None:
             self._listener.close()
         self._stop.set()
@@ -133,24 +153,46 @@ class ProxyServer:
         self.upstream_tls.reload()
 
     async def drain(self) -> None:
-        """Stops accepting, and lets clients finish: each is dismissed as soon as it is between transactions.
+        """Stops accepting, and lets clients finish what they are doing; those that do nothing are dismissed.
 
-        Returns when none is left; those that are not done within `drain_timeout` are cut.
+        In the first half of `drain_timeout` a client is dismissed when it has been idle for a moment, in the second
+        half as soon as it is between transactions. At the end those that are left are cut. Returns when none is left.
         """
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         self.draining = True
+        for session in self._sessions:
+            session.stir()
         if self._listener is not None:
-            self._listener.close()
-        for session in tuple(self._sessions):
-            if session.idle or not session.established:
-                session.dismiss()
+            await self._listener.stop(self._take)
         try:
             async with asyncio.timeout(self.config.drain_timeout):
-                await self._until_empty()
+                while self._sessions:
+                    now = loop.time()
+                    self.impatient = now - began >= self.config.drain_timeout / 2
+                    for session in tuple(self._sessions):
+                        if session.idle if self.impatient else session.quiet_since(now - _QUIET):
+                            session.dismiss()
+                    await asyncio.sleep(_LOOK)
         except TimeoutError:
             log.warning("cutting clients that did not finish in time", clients=len(self._sessions))
             for session in tuple(self._sessions):
                 session.abort()
             await self._until_empty()
+
+    def _take(self, connection: socket.socket) -> None:
+        """Serves a connection that was accepted while the listener stopped."""
+
+        async def serve() -> None:
+            try:
+                await adopt(connection, self._leg)
+            except OSError as e:
+                log.info("a connection was lost while the proxy stopped listening", reason=str(e))
+
+        if self._group is None:
+            connection.close()
+        else:
+            self._group.create_task(serve())
 
     async def _until_empty(self) -> None:
         while self._sessions:
@@ -177,7 +219,7 @@ class ProxyServer:
 
     def accept(self, leg: Leg) -> None:
         """Starts a session for a new connection, unless there are far too many."""
-        if self._group is None or self.draining or len(self._sessions) >= self.config.max_client_connections + _SPARE:
+        if self._group is None or self._closing or len(self._sessions) >= self.config.max_client_connections + SPARE:
             leg.abort()
             return
         session = Session(self, self._limits, leg)
@@ -218,6 +260,13 @@ class ProxyServer:
             return False
         self._admitted.add(session)
         return True
+
+    def forwards(self, leg: Leg) -> bool:
+        """Whether a new connection is a load balancer's, which begins with a PROXY header."""
+        address = leg.address
+        if address is None:
+            return UNIX in self.config.proxy_protocol
+        return any(address in network for network in self._forwarders)
 
     def committed(self) -> None:
         """Passes on that a transaction may have been committed."""

@@ -52,6 +52,7 @@ from proxy.wire.messages import (
     Frontend,
     TransactionStatus,
 )
+from proxy.wire.proxy_header import ProxyHeader
 from proxy.wire.states import ASKING, TELLING, Conversation, Event, Phase, Startup, packet_event, server_event
 from proxy.wire.tls import ALPN, TlsStream, common_name
 
@@ -98,11 +99,18 @@ class Host(Protocol):
     #: Cancel keys of live sessions, and where their server is.
     keys: dict[Key, Address]
     draining: bool
+    #: While draining: sessions end as soon as they are between transactions.
+    impatient: bool
+    #: One for each cancel request that may be on its way.
+    cancels: asyncio.Semaphore
     #: By database: those that serve df.start(transaction_mode => 'new').
     launchers: Mapping[str, Launcher]
 
     def admit(self, session: Session, /) -> bool:
         """Whether this client, too, may be served."""
+
+    def forwards(self, leg: Leg, /) -> bool:
+        """Whether the client is a load balancer, which begins with a PROXY header."""
 
     def committed(self) -> None:
         """A transaction of a session that spoke of df may have been committed."""
@@ -148,6 +156,8 @@ class Session:
 
         self._startup = Startup()
         self._packets = StartupParser()
+        self._header = ProxyHeader() if host.forwards(client) else None
+        self._stirred = loop.time()  # kept up to date while the proxy drains
         self._first: asyncio.Future[StartupPacket | _End | _Handshake] = loop.create_future()
         self._client_name: bytes | None = None  # in its certificate
         self._own_binding: bytes | None = None  # of the certificate that it was shown
@@ -247,9 +257,20 @@ class Session:
             and not self._unread
         )
 
+    def stir(self) -> None:
+        """Notes that something happened."""
+        self._stirred = asyncio.get_running_loop().time()
+
+    def quiet_since(self, time: float) -> bool:
+        """Whether the session has nothing to do, and had nothing since a moment of the loop's clock.
+
+        One that is not established has nothing to do as soon as nobody says anything.
+        """
+        return self._stirred <= time and (self.idle or not self._ready)
+
     def dismiss(self) -> None:
         """Ends an idle session, or one that has not begun, and says why."""
-        if self._relay is None or self.idle:
+        if not self._ready or self.idle:
             self._refuse("57P01", "terminating connection because dfproxy is shutting down", hint="Connect again.")
         if self._server is not None:
             self._server.write([build.terminate()])
@@ -282,8 +303,9 @@ class Session:
             return
         self._check_protection()
         if not self._host.admit(self):
-            self._refuse("53300", "sorry, too many clients already: dfproxy's limit is reached")
-            return
+            raise RefusalError(
+                "53300", "sorry, too many clients already: dfproxy's limit is reached",
+                hint="Close connections that are not in use, or raise max_client_connections of dfproxy.")
         server, self._address = await self._host.hosts.dial(self._make_server)
         self._server = server
         self._launcher = self._host.launchers.get(_database(packet))
@@ -305,10 +327,20 @@ class Session:
     # --- before there is a server ---
 
     def _on_first_bytes(self, data: bytes) -> None:
-        self._packets.feed(data)
+        if self._host.draining:
+            self.stir()
         if self._first.done():
+            self._packets.feed(data)
             return
         try:
+            if self._header is not None:
+                rest = self._header.feed(data)
+                if rest is None:
+                    return
+                if self._header.peer is not None:
+                    self._log = self._log.bind(client=self._header.peer)
+                self._header, data = None, rest
+            self._packets.feed(data)
             self._read_packets()
         except ProtocolError as e:
             self._first.set_exception(e)
@@ -397,6 +429,10 @@ class Session:
 
     async def _cancel(self, packet: StartupPacket) -> None:
         """Forwards a CancelRequest as it came, and closes when the server has acted on it (it closes)."""
+        async with self._host.cancels:
+            await self._forward_cancel(packet)
+
+    async def _forward_cancel(self, packet: StartupPacket) -> None:
         key = (int.from_bytes(packet.payload[:4], "big"), packet.payload[4:])
         known = self._host.keys.get(key)
         # A key that nobody here knows may be another process's session: the server that it is for will know.
@@ -416,6 +452,8 @@ class Session:
     # --- client to server ---
 
     def _to_server(self, data: bytes) -> None:
+        if self._host.draining:
+            self.stir()
         if self._unread:
             self._unread.append(self._up.feed(data))
         else:
@@ -570,8 +608,10 @@ class Session:
             return
         if out:
             self._client.write(out)
-        if self._host.draining and self.idle:
-            self.dismiss()
+        if self._host.draining:
+            self.stir()
+            if self._host.impatient and self.idle:
+                self.dismiss()
 
     def _told(self, type_: int) -> None:
         if not self._ready:

@@ -36,9 +36,11 @@ async def supervise(ready: Ready, stop: asyncio.Event) -> int:
     """Runs `processes` children until `stop` is set, then lets them drain. Returns the exit status."""
     settings = ready.settings
     host, port = settings.address
-    with _held(host, port) as port:
-        handed = _dump(settings.model_copy(update={"listen": f"{f'[{host}]' if ':' in host else host}:{port}"}),
-                       ready.databases)
+    with _held(host, port, shared=settings.reuse_port) as port:
+        own = {"listen": f"{f'[{host}]' if ':' in host else host}:{port}"}
+        # A port can be shared, a Unix-domain socket can't: that one is the first child's.
+        handed = [_dump(settings.model_copy(update=own if n == 0 else {**own, "socket_dir": None}), ready.databases)
+                  for n in range(settings.processes)]
         started = [asyncio.Event() for _ in range(settings.processes)]
 
         async def say_when_ready() -> None:
@@ -57,7 +59,7 @@ async def supervise(ready: Ready, stop: asyncio.Event) -> int:
             helpers = [group.create_task(say_when_ready())]
             if ready.local is not None:
                 helpers.append(group.create_task(ready.local.watch()))
-            children = [group.create_task(_keep(n, handed, stop, event, live, settings.drain_timeout))
+            children = [group.create_task(_keep(n, handed[n], stop, event, live, settings.drain_timeout))
                         for n, event in enumerate(started)]
             with on_hangup(reload, stop):
                 await asyncio.wait(children)
@@ -67,17 +69,18 @@ async def supervise(ready: Ready, stop: asyncio.Event) -> int:
 
 
 @contextlib.contextmanager
-def _held(host: str, port: int) -> Iterator[int]:
+def _held(host: str, port: int, *, shared: bool) -> Iterator[int]:
     """Keeps a port bound, not listening, for children with SO_REUSEPORT; yields its number (0 has picked one).
 
-    Raises UserError where it is in use, also by another dfproxy that would share it.
+    Raises UserError where it is in use; unless `shared`, also by another dfproxy that would share it.
     """
     with contextlib.ExitStack() as stack:
         try:
             family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind, proto) as alone:
-                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                alone.bind(address)
+            if not shared:
+                with socket.socket(family, kind, proto) as alone:
+                    alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    alone.bind(address)
             held = stack.enter_context(socket.socket(family, kind, proto))
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

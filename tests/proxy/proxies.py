@@ -98,7 +98,7 @@ class RunningProxy:
 
 
 @contextlib.contextmanager
-def running_proxy(upstream: str, *, rewriter: Rewriter | None = None, **config: Any) -> Iterator[RunningProxy]:
+def running_proxy(upstream: str, *, rewriter: Rewriter | None = None, port: int = 0, **config: Any) -> Iterator[RunningProxy]:
     """A proxy before `upstream`, with the stand-in compiler unless a rewriter is given."""
     started = threading.Event()
     box: list[RunningProxy | BaseException] = []
@@ -107,7 +107,7 @@ def running_proxy(upstream: str, *, rewriter: Rewriter | None = None, **config: 
     async def serve() -> None:
         commits: list[int] = []
         server = ProxyServer(
-            ProxyConfig(upstream=upstream, port=0, **config),
+            ProxyConfig(upstream=upstream, port=port, **config),
             on_commit=lambda: commits.append(1),
             rewriter=rewriter or Rewriter(mentions=mentions_stub, compile_=compile_stub),
         )

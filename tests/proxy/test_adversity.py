@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import select
 import signal
 import socket
 import struct
@@ -422,9 +423,11 @@ def test_drain_lets_transactions_finish(database18: Database, proxied18: Running
     drained = threading.Thread(target=proxied18.drain)
     drained.start()
     eventually(lambda: proxied18.server.draining)
+    readable = [idle.fileno()]
+    eventually(lambda: bool(select.select(readable, [], [], 0)[0]))  # asking would make it one that is not idle
     with pytest.raises(psycopg.errors.AdminShutdown, match="shutting down"):
         idle.execute("SELECT 1")
-    rest(silent)
+    assert b"57P01" in rest(silent)
     silent.close()
     with pytest.raises(OSError):
         connect(proxied18).close()

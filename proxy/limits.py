@@ -1,0 +1,28 @@
+"""The operating system's limit on open files, which connections count against."""
+
+from __future__ import annotations
+
+import resource
+from typing import Final
+
+import structlog
+
+from proxy.server import SPARE
+
+log = structlog.get_logger("dfproxy")
+
+#: Files besides those of clients: logs, libraries, the worker's connections, cancel requests.
+_OTHERS: Final = 1000
+
+
+def allow_connections(clients: int) -> None:
+    """Raises the process's soft limit on open files to what `clients` need, each with a connection to the server."""
+    wanted = 2 * clients + SPARE + _OTHERS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        log.warning("the limit on open files may be too low for max_client_connections: raise it (ulimit -n,"
+                    " LimitNOFILE)", limit=most, wanted=wanted)
