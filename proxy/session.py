@@ -18,6 +18,7 @@ from typing import Final, Protocol
 
 import structlog
 
+from proxy import unserved
 from proxy.authentication import Authenticator, AuthMode, Legs, RefusalError, Step
 from proxy.encodings import codec
 from proxy.hosts import Hosts
@@ -171,6 +172,7 @@ class Session:
         self._status: int | None = None
         self._ready = False  # the first ReadyForQuery has come
         self._parameters = {"client_encoding": "UTF8", "server_encoding": "UTF8", "standard_conforming_strings": "on"}
+        self._codec: str | None = "utf_8"  # of the client's texts
         self._dialect = Dialect()
 
         self._up = FrameSplitter(max_length=MAX_AUTH_MESSAGE, max_whole=limits.max_rewrite)
@@ -182,6 +184,7 @@ class Session:
         self._starting_modes(self._down.modes)
 
         self._launcher: Launcher | None = None  # of the session's database
+        self._unserved: str | None = None  # the hint for a database without workflows
         self._requests = Requests()
 
         self._work: asyncio.Queue[tuple[Frame, bytes, bytes]] = asyncio.Queue(1)
@@ -308,7 +311,7 @@ class Session:
                 hint="Close connections that are not in use, or raise max_client_connections of dfproxy.")
         server, self._address = await self._host.hosts.dial(self._make_server)
         self._server = server
-        self._launcher = self._host.launchers.get(_database(packet))
+        self._choose_database(_database(packet))
         self._authenticator = Authenticator(self._host.auth, self._legs(server), _user(packet))
         self._relay = Relay(self._client, server, self._to_server, self._to_client)
         server.write([packet.raw])
@@ -320,6 +323,14 @@ class Session:
             await self._relay.finished()
             for task in working:
                 task.cancel()
+
+    def _choose_database(self, database: str) -> None:
+        """What there is in the session's database. A proxy without a worker does not know, and takes all as served."""
+        served = self._host.launchers
+        self._launcher = served.get(database)
+        if served and self._launcher is None:
+            self._unserved = unserved.hint(database, served)
+            self._dialect = Dialect(codec=None)  # nothing is compiled
 
     def _make_server(self) -> Leg:
         return Leg(self._limits.write_buffer)
@@ -717,8 +728,9 @@ class Session:
                     hint="Connect again: dfproxy will look for another host.")
         elif name in self._parameters:
             self._parameters[name] = value
+            self._codec = codec(self._parameters["client_encoding"], self._parameters["server_encoding"])
             self._dialect = Dialect(
-                codec(self._parameters["client_encoding"], self._parameters["server_encoding"]),
+                self._codec if self._unserved is None else None,
                 self._parameters["standard_conforming_strings"] == "on",
             )
 
@@ -733,6 +745,8 @@ class Session:
             # A bug of ours in a position must not cost the client the message.
             log.exception("an error's position could not be mapped")
             return payload
+        if self._unserved is not None and request is not None and request.tag is not None:
+            changed = unserved.with_hint(payload, self._unserved, self._codec)
         return payload if changed is None else changed
 
     def _launches(self, payload: bytes) -> bool:
