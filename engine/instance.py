@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 
@@ -53,51 +52,6 @@ log = structlog.get_logger("dfproxy.engine")
 _READ_ONLY = "25006"
 
 
-class Gate:
-    """Parking and polling exclude each other; parks don't exclude parks.
-
-    The poll marks signals of held instances as seen. If one could be parked between that and the delivery, the signal
-    would wait with it.
-    """
-
-    def __init__(self) -> None:
-        self._condition = asyncio.Condition()
-        self._parks = 0
-        self._polling = False
-
-    @asynccontextmanager
-    async def park(self) -> AsyncIterator[None]:
-        """While an instance is parked."""
-        async with self._condition:
-            await self._condition.wait_for(lambda: not self._polling)
-            self._parks += 1
-        try:
-            yield
-        finally:
-            self._parks -= 1
-            if not self._parks:
-                async with self._condition:
-                    self._condition.notify_all()
-
-    @asynccontextmanager
-    async def poll(self) -> AsyncIterator[None]:
-        """From the poll to the delivery of what it found."""
-        async with self._condition:
-            self._polling = True
-            try:
-                await self._condition.wait_for(lambda: not self._parks)
-            except BaseException:
-                self._polling = False
-                self._condition.notify_all()
-                raise
-        try:
-            yield
-        finally:
-            self._polling = False
-            async with self._condition:
-                self._condition.notify_all()
-
-
 @dataclass(frozen=True, slots=True)
 class StepEnded:
     """A step's task is over. An exception is a bug, or LeaseLostError."""
@@ -126,7 +80,6 @@ class Surroundings:
     identities: Identities
     runner: Runner
     http: HttpRunner
-    gate: Gate
     leave: Callable[[HeldInstance], None]
     is_stopping: Callable[[], bool]
 
@@ -310,6 +263,7 @@ class HeldInstance:
                     return False
                 return await self._step_ended(interpreter, key, outcome, now)
             case InboxEntry():
+                self._store.handled(event.seq)
                 if event.seq in self._seen:
                     return False
                 self._seen.add(event.seq)
@@ -363,12 +317,10 @@ class HeldInstance:
             raise RuntimeError("the interpreter neither runs nor waits for anything")
         if wake is not None and wake - self._store.clock.now() <= timedelta(seconds=self._settings.park_after):
             return await self._record(interpreter, changes, big=big, may_park=False)
-        async with self._shared.gate.park():
-            if self._mailbox:
-                return await self._record(interpreter, changes, big=big, may_park=False)
-            park = "infinity" if wake is None else wake.isoformat()
-            await self._guard(self._store.checkpoint(self.instance_id, self.token, changes, big=big, park=park))
-            self._shared.leave(self)
+        # Whatever arrives in the mailbox from here on has not been handled: it will wake the instance again.
+        park = "infinity" if wake is None else wake.isoformat()
+        await self._guard(self._store.checkpoint(self.instance_id, self.token, changes, big=big, park=park))
+        self._shared.leave(self)
         return True
 
     async def _finish(self, key: Key, changes: Changes, ready: Ready) -> None:

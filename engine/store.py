@@ -106,7 +106,7 @@ SELECT {_SOON},
        (SELECT jsonb_agg(jsonb_build_array(c.instance_id, c.token, c.fresh, c.crashes))
           FROM duroxide.claim($1::text::uuid, $2) c)::text,
        (SELECT jsonb_agg(jsonb_build_array(s.instance_id, s.seq, s.kind, s.name, s.data) ORDER BY s.seq)
-          FROM duroxide.inbox($1::text::uuid) s)::text,
+          FROM duroxide.inbox($1::text::uuid, $3::text::bigint[]) s)::text,
        extract(epoch FROM duroxide.next_due())::float8,
        extract(epoch FROM clock_timestamp())::float8
 """
@@ -262,6 +262,7 @@ class Store:
         self.settings = settings
         self.clock = Clock()
         self.worker_id = ""
+        self._handled: set[int] = set()
         self.catalog = TypeCatalog()
         self._cache_size = settings.statement_cache_size if statement_cache_size is None else statement_cache_size
         self._pool: asyncpg.Pool[Any] | None = None
@@ -320,11 +321,15 @@ class Store:
 
     # -- worker ------------------------------------------------------------------------------------------------
 
-    async def register(self) -> None:
-        """Makes this worker known, and frees at once what dead workers of this very machine held."""
+    async def register(self, former: str | None = None) -> None:
+        """Makes this worker known; frees at once what dead workers of this very machine held, and what it held itself
+        under its `former` id, if it could not give that back.
+        """
         life = Life.mine()
         self.worker_id = str(uuid4())
         async with self._connection() as c:
+            if former is not None:
+                await c.execute("SELECT duroxide.leave($1::text::uuid)", former)
             dead = [row["id"] for row in await c.fetch("SELECT id, name FROM duroxide.workers")
                     if is_dead(row["name"])]
             if dead:
@@ -357,12 +362,18 @@ class Store:
         self._contact(sent, row[2])
         return bool(row[1])
 
+    def handled(self, seq: int) -> None:
+        """An inbox entry has been taken in by the instance that holds it; the next poll will say so."""
+        self._handled.add(seq)
+
     async def poll(self, limit: int) -> Poll:
         """Claims up to `limit` due instances and reads the inbox of those held, in one round trip."""
         c = self._poll = await self._own(self._poll)
         sent = time.monotonic()
-        row = await c.fetchrow(POLL, self.worker_id, limit)
+        handled = list(self._handled)
+        row = await c.fetchrow(POLL, self.worker_id, limit, "{" + ",".join(map(str, handled)) + "}")
         assert row is not None
+        self._handled.difference_update(handled)
         _, claimed, inbox, next_due, now = row
         self._contact(sent, now)
         claims = [Claim(*item) for item in json.loads(claimed)] if claimed else []

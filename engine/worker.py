@@ -16,7 +16,7 @@ import structlog
 from engine.http.client import HttpClient
 from engine.http.runner import HttpRunner
 from engine.identity import Identities
-from engine.instance import Gate, HeldInstance, Surroundings
+from engine.instance import HeldInstance, Surroundings
 from engine.runner import AWAY, Runner, back_off
 from engine.settings import EngineSettings
 from engine.store import Claim, LoadedInstance, Store, is_infrastructure
@@ -25,12 +25,14 @@ log = structlog.get_logger("dfproxy.engine")
 
 #: Seconds that giving everything back may take when the worker stops.
 FAREWELL = 2.0
+#: Part of the lease after which a worker that could not renew it stops by itself, before others take over.
+SURE = 0.9
 #: Longest pause in seconds before the next try to begin a life.
 LATE = 5.0
 
 
 class _GivenUpError(Exception):
-    """Others have taken this worker for dead."""
+    """Others have taken this worker for dead, or will any moment: it could not renew its lease."""
 
 
 class _PoolerError(Exception):
@@ -60,6 +62,7 @@ class Worker:
         self._deadline = 0.0
         self._ended = asyncio.Event()
         self._started = False
+        self._former: str | None = None  # who this worker was in its last life
         self._cache_size = settings.statement_cache_size
         self._instances: dict[str, asyncio.Task[None]] = {}
 
@@ -92,7 +95,7 @@ class Worker:
                 try:
                     await self._live()
                 except _GivenUpError:
-                    log.warning("this worker was given up by others; it starts anew", worker=self.settings.worker_name)
+                    log.warning("the lease is lost; the worker starts anew", worker=self.settings.worker_name)
                     continue
                 except _PoolerError:
                     self._cache_size = 0
@@ -116,14 +119,15 @@ class Worker:
         registered = False
         try:
             await store.open()
-            await store.register()
+            await store.register(self._former)
+            self._former = store.worker_id
             registered = True
             identities = Identities(self.settings, store)
             self.identity_report = await identities.report()
             runner = Runner(self.settings, store, identities)
             client = HttpClient(self.settings.http, agent=f"pg_durable/0.2.6 dfproxy/{self.settings.version}")
             http = HttpRunner(self.settings, store, identities, client)
-            shared = Surroundings(self.settings, store, identities, runner, http, Gate(), self._leave,
+            shared = Surroundings(self.settings, store, identities, runner, http, self._leave,
                                   lambda: self._stopping)
             log.info("worker ready", worker=self.settings.worker_name, identity=self.identity_report)
             try:
@@ -157,10 +161,17 @@ class Worker:
             log.warning("instances could not be given back; their lease will run out", reason=str(e))
 
     async def _heartbeats(self, store: Store, runner: Runner) -> None:
+        """Renews the lease. Raises _GivenUpError as soon as it can no longer be sure of it: everything stops then."""
         interval = self.settings.lease / 3
+        loop = asyncio.get_running_loop()
+        renewed = loop.time()  # when the request left that the database granted
         while True:
+            sent = loop.time()
+            if sent > renewed + self.settings.lease * SURE:
+                raise _GivenUpError
             try:
-                alive = await store.heartbeat()
+                async with asyncio.timeout_at(renewed + self.settings.lease * SURE):
+                    alive = await store.heartbeat()
             except Exception as e:
                 if not is_infrastructure(e):
                     raise
@@ -169,6 +180,7 @@ class Worker:
                 continue
             if not alive:
                 raise _GivenUpError
+            renewed = sent
             runner.pool.close_idle(self.settings.idle_connection)
             await asyncio.sleep(interval)
 
@@ -185,15 +197,14 @@ class Worker:
                 return
             limit = 0 if self._stopping else min(settings.claim_batch, settings.max_instances - len(self._held))
             try:
-                async with shared.gate.poll():
-                    found = await store.poll(max(0, limit))
-                    claims = self._enter(found.claims, shared)
-                    for entry in found.inbox:
-                        if (instance := self._held.get(entry.instance_id)) is not None:
-                            instance.put(entry)
-                    if time.monotonic() >= audit_at:
-                        audit_at = time.monotonic() + settings.lease
-                        await self._audit(store)
+                found = await store.poll(max(0, limit))
+                claims = self._enter(found.claims, shared)
+                for entry in found.inbox:
+                    if (instance := self._held.get(entry.instance_id)) is not None:
+                        instance.put(entry)
+                if time.monotonic() >= audit_at:
+                    audit_at = time.monotonic() + settings.lease
+                    await self._audit(store)
                 attempt = 0
             except Exception as e:
                 if store.saw_pooler(e):
@@ -201,6 +212,7 @@ class Worker:
                 if not is_infrastructure(e):
                     raise
                 attempt += 1
+                audit_at = 0.0  # what it claimed may be ours without our knowing
                 log.warning("poll failed", reason=str(e) or type(e).__name__)
                 await self._pause(min(back_off(settings, attempt), AWAY))
                 continue

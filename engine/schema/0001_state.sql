@@ -78,7 +78,8 @@ CREATE TABLE duroxide.history (
 ) WITH (fillfactor = 90);
 
 -- Signals and cancel requests: the durable inbox. Insert-only for callers, so that a caller who leaves a
--- transaction open never blocks the engine. The engine deletes what a wait has consumed.
+-- transaction open never blocks the engine. `seen`: whoever holds the instance has taken it in. The engine deletes what a
+-- wait has consumed.
 CREATE TABLE duroxide.signals (
     seq         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     instance_id text COLLATE "C" NOT NULL,
@@ -183,8 +184,11 @@ BEGIN
                      WHERE w.heartbeat_at + w.lease < clock_timestamp() AND w.id <> p_worker
                        FOR UPDATE SKIP LOCKED);
     IF v_lost <> '{}' THEN
-        UPDATE duroxide.queue SET owner = NULL, token = NULL, wake_at = clock_timestamp(), crashes = crashes + 1
-         WHERE owner = ANY (v_lost);
+        -- If the server itself was away the worker may be well, and its instances are not to blame.
+        UPDATE duroxide.queue q
+           SET owner = NULL, token = NULL, wake_at = clock_timestamp(),
+               crashes = q.crashes + CASE WHEN w.heartbeat_at < pg_postmaster_start_time() THEN 0 ELSE 1 END
+          FROM duroxide.workers w WHERE w.id = ANY (v_lost) AND q.owner = w.id;
         DELETE FROM duroxide.workers WHERE id = ANY (v_lost);
     END IF;
     -- Owners that are not registered at all: somebody deleted from workers by hand.
@@ -257,20 +261,27 @@ BEGIN
              WHERE q.owner IS NULL AND q.wake_at > now() AND q.wake_at < 'infinity' ORDER BY q.wake_at LIMIT 1);
 END $$;
 
--- New inbox entries of instances that this worker holds; marks them seen. Like claim, it passes by what a caller's open
--- transaction has locked (a delete), which must not hold up the worker.
-CREATE FUNCTION duroxide.inbox(p_worker uuid)
+-- Inbox entries of instances that this worker holds, until it says (p_handled, seqs) that it has taken them in: an answer
+-- that is lost on its way costs nothing. Like claim, it passes by what a caller's open transaction has locked (a delete),
+-- which must not hold up the worker.
+CREATE FUNCTION duroxide.inbox(p_worker uuid, p_handled bigint[])
 RETURNS TABLE (seq bigint, instance_id text, kind text, name text, data text)
-LANGUAGE sql
+LANGUAGE plpgsql
 SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
 AS $$
-    UPDATE duroxide.signals s SET seen = true
-     WHERE s.seq IN (SELECT n.seq FROM duroxide.signals n JOIN duroxide.queue q ON q.instance_id = n.instance_id
-                      WHERE NOT n.seen AND q.owner = p_worker
-                        FOR UPDATE OF n SKIP LOCKED)
-    RETURNING s.seq, s.instance_id, s.kind, s.name, s.data
-$$;
+#variable_conflict use_column
+BEGIN
+    IF p_handled <> '{}' THEN
+        UPDATE duroxide.signals s SET seen = true
+         WHERE s.seq IN (SELECT n.seq FROM duroxide.signals n WHERE n.seq = ANY (p_handled) AND NOT n.seen
+                            FOR UPDATE SKIP LOCKED);
+    END IF;
+    RETURN QUERY
+    SELECT s.seq, s.instance_id, s.kind, s.name, s.data
+      FROM duroxide.signals s JOIN duroxide.queue q ON q.instance_id = s.instance_id
+     WHERE NOT s.seen AND q.owner = p_worker LIMIT 1000;
+END $$;
 
 -- Records what a worker knows, if and only if it still holds the instance (p_token); otherwise raises DF001, which
 -- rolls back the step that runs in the same transaction.
@@ -350,5 +361,5 @@ $$;
 
 REVOKE ALL ON ALL TABLES IN SCHEMA duroxide FROM PUBLIC;
 REVOKE ALL ON FUNCTION duroxide.heartbeat(uuid), duroxide.leave(uuid), duroxide.claim(uuid, integer),
-    duroxide.next_due(), duroxide.inbox(uuid), duroxide.release(uuid, text[]),
+    duroxide.next_due(), duroxide.inbox(uuid, bigint[]), duroxide.release(uuid, text[]),
     duroxide.checkpoint(text, uuid, jsonb, text, bigint[], text[], jsonb, timestamptz, jsonb) FROM PUBLIC;

@@ -66,7 +66,10 @@ STUCK = """
 SELECT q.instance_id, i.status, q.wake_at::text, isfinite(q.wake_at) AND q.wake_at < now() AS late, left(q.owner::text, 8) AS owner,
        (SELECT w.name || ' ' || (clock_timestamp() - w.heartbeat_at)::text FROM duroxide.workers w WHERE w.id = q.owner) AS worker,
        (SELECT string_agg(h.execution || '#' || h.node || ' ' || h.event, ', ' ORDER BY h.ended_at DESC)
-          FROM duroxide.history h WHERE h.instance_id = q.instance_id AND h.event <> 'completed') AS history,
+          FROM duroxide.history h WHERE h.instance_id = q.instance_id) AS history,
+       (SELECT string_agg(n.at - 1 || ' ' || concat_ws(' ', n.node->>'type', n.node->>'name', n.node->>'left', n.node->>'right',
+                                                       n.node->>'condition', n.node->>'extras', left(n.node->>'query', 99)), e'\n')
+          FROM jsonb_array_elements(i.graph) WITH ORDINALITY AS n(node, at)) AS graph,
        (SELECT string_agg(s.kind || ' ' || s.name || ' ' || s.seen, ', ') FROM duroxide.signals s
          WHERE s.instance_id = q.instance_id) AS signals
   FROM duroxide.queue q JOIN duroxide.instances i ON i.id = q.instance_id ORDER BY q.wake_at LIMIT 10
@@ -82,7 +85,7 @@ class Plan:
     workers: int = 3
     lease: float = 2.0
     rate: float = 12.0  #: workflows started a second
-    calm: float = 60.0  #: seconds that everything may take to end once the storm is over
+    calm: float = 20.0  #: once the storm is over: seconds without any progress after which what is left is stuck
     restarts: bool = True
     fence: bool = True  #: False: break the fencing, to see that the audit notices
 
@@ -341,15 +344,19 @@ class Storm:
         for n, process in enumerate(self.processes):
             if process is None or process.returncode is not None:
                 await self._spawn(n)
-        deadline = time.monotonic() + self.plan.calm
-        while time.monotonic() < deadline:
+        seen, since = None, time.monotonic()
+        while time.monotonic() < since + self.plan.calm:
             async with await psycopg.AsyncConnection.connect(self.dsn()) as c:
-                if (await (await c.execute("SELECT FROM duroxide.queue LIMIT 1")).fetchone()) is None:
-                    return
+                found = await (await c.execute(
+                    "SELECT (SELECT count(*) FROM duroxide.queue), (SELECT count(*) FROM duroxide.history)")).fetchone()
+            if found is not None and found[0] == 0:
+                return
+            if found != seen:
+                seen, since = found, time.monotonic()
             await asyncio.sleep(0.2)
         with psycopg.connect(self.dsn()) as c:
             rows = c.execute(STUCK).fetchall()
-        self.notes += [str(row) for row in rows]
+        self.notes += [" | ".join(map(str, row)) for row in rows]
         for process in self.processes:
             if process is not None and process.returncode is None:
                 process.send_signal(unix.SIGUSR1)

@@ -60,14 +60,16 @@ class Workload:
         rng = self.rng
         kinds = ["effect", "effect", "sleep"]
         if depth:
-            kinds += ["then", "then", "if", "rows", "join", "race", "loop", "break", "failing"]
+            kinds += ["then", "then", "if", "rows", "join", "race", "failing"]
+        if depth and len(loops) < 2:
+            kinds += ["loop", "break"]
         if not racing:
             kinds.append("signal")
         match rng.choice(kinds):
             case "effect":
                 return self._effect(loops)
             case "sleep":
-                return seq(sleep(rng.choice([0, 1, 1, 2])), self._effect(loops))
+                return seq(sleep(rng.choice([0, 1]) if loops else rng.choice([0, 1, 1, 2])), self._effect(loops))
             case "then":
                 return seq(*[self._tree(depth - 1, loops, racing=racing) for _ in range(rng.randint(2, 3))])
             case "if":
@@ -89,12 +91,12 @@ class Workload:
                     right = signal(f"never{self._number()}")
                 return race(left, right) if rng.random() < 0.5 else race(right, left)
             case "loop":
-                name, rounds = f"i{self._number()}", rng.randint(1, 4)
+                name, rounds = f"i{self._number()}", rng.randint(1, 2 if loops else 4)
                 body = seq(sql(f"SELECT ${name}.n + 1 AS n", name), self._tree(depth - 1, [*loops, name], racing=racing))
                 tree = loop(body, sql(f"SELECT ${name}.n < {rounds} AS more"), go_on=rng.random() < 0.3)
                 return seq(sql("SELECT 0 AS n", name), tree | {"counter": name, "rounds": rounds})
             case "break":
-                name, rounds = f"i{self._number()}", rng.randint(1, 4)
+                name, rounds = f"i{self._number()}", rng.randint(1, 2 if loops else 4)
                 inner = if_(sql(f"SELECT ${name}.n > {rounds} AS over"), brk(),
                             self._tree(depth - 1, [*loops, name], racing=racing)) | {"breaks_after": rounds, "counter": name}
                 tree = loop(seq(sql(f"SELECT ${name}.n + 1 AS n", name), inner))

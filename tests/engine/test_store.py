@@ -11,7 +11,6 @@ import asyncpg
 import pytest
 
 from engine.identity import Identities
-from engine.instance import Gate
 from engine.model import Changes, Checkpoint, Finish, StepError
 from engine.processes import Life, is_dead
 from engine.store import Clock, LeaseLostError, Store, checkpoint_arguments
@@ -98,12 +97,61 @@ async def test_open_transactions_of_callers_hold_up_no_poll(database18: Database
             c.execute("INSERT INTO duroxide.signals (instance_id, name, data) VALUES (%s, 'go', '1')", held)
             other.execute("BEGIN")
             other.execute("DELETE FROM duroxide.signals")
-            found = await store.poll(10)
-            assert found.inbox == []
+            [entry] = (await store.poll(10)).inbox  # nothing was deleted yet
+            store.handled(entry.seq)
             instance = c.start(sql("SELECT 1"))
             assert [claim.instance_id for claim in (await store.poll(10)).claims] == [instance]
             other.execute("ROLLBACK")
-            assert [entry.name for entry in (await store.poll(10)).inbox] == ["go"]
+            assert [again.name for again in (await store.poll(10)).inbox] == ["go"]
+            store.handled(entry.seq)
+            assert (await store.poll(10)).inbox == []
+
+
+async def test_inbox_entries_are_told_until_they_are_handled(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        instance = c.start(signal("go"))
+        async with opened(database18) as store:
+            [claim] = (await store.poll(10)).claims
+            c.execute("INSERT INTO duroxide.signals (instance_id, name, data) VALUES (%s, 'go', '1')", instance)
+            [entry] = (await store.poll(10)).inbox
+            assert (await store.poll(10)).inbox == [entry]
+            store.handled(entry.seq)
+            assert (await store.poll(10)).inbox == []
+            assert (await store.load([instance], []))[instance].inbox == [entry]
+            # Parked before it was handled: it is claimed for it at once.
+            c.execute("INSERT INTO duroxide.signals (instance_id, name, data) VALUES (%s, 'go', '2')", instance)
+            await store.checkpoint(instance, claim.token, Changes(), park="infinity")
+            assert [again.instance_id for again in (await store.poll(10)).claims] == [instance]
+
+
+async def test_a_claim_that_a_lost_worker_still_made_is_freed(database18: Database) -> None:
+    """Its claim is under way while another worker takes it for dead."""
+    await install(database18)
+    with Client(database18) as c, Client(database18) as late:
+        instance = c.start(sql("SELECT 1"))
+        async with opened(database18, lease=1.0) as first, opened(database18, lease=3600.0) as second:
+            c.execute("UPDATE duroxide.workers SET heartbeat_at = '-infinity' WHERE id::text = %s", first.worker_id)
+            late.execute("BEGIN")
+            assert late.one("SELECT count(*) FROM duroxide.claim(%s, 10)", first.worker_id) == 1
+            await second.heartbeat()
+            late.execute("COMMIT")
+            assert (await second.poll(10)).claims == []
+            await second.heartbeat()
+            assert [claim.instance_id for claim in (await second.poll(10)).claims] == [instance]
+            await second.release([instance])
+            assert (await first.poll(10)).claims == []  # it is registered no more
+
+
+async def test_instances_of_a_worker_that_is_not_registered_are_freed(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        c.start(sql("SELECT 1"))
+        async with opened(database18) as first, opened(database18) as second:
+            assert len((await first.poll(10)).claims) == 1
+            c.execute("DELETE FROM duroxide.workers WHERE id::text = %s", first.worker_id)
+            await second.heartbeat()
+            assert len((await second.poll(10)).claims) == 1
 
 
 async def test_two_finishes_that_wait_for_a_caller_hold_up_nobody_else(database18: Database) -> None:
@@ -203,32 +251,3 @@ def test_life_and_death() -> None:
     assert is_dead(f"host:1 {Life(mine.place, mine.pid, '1')}")
     assert not is_dead(f"host:1 {Life('another machine', mine.pid, '1')}")
     assert not is_dead("host:1")
-
-
-async def test_gate() -> None:
-    gate = Gate()
-    order = []
-
-    async def park(name: str, hold: asyncio.Event) -> None:
-        async with gate.park():
-            order.append(name)
-            await hold.wait()
-            order.append(name + " done")
-
-    async def poll() -> None:
-        async with gate.poll():
-            order.append("poll")
-
-    first, second = asyncio.Event(), asyncio.Event()
-    async with asyncio.TaskGroup() as group:
-        group.create_task(park("a", first))
-        group.create_task(park("b", first))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        group.create_task(poll())
-        await asyncio.sleep(0)
-        group.create_task(park("c", second))
-        await asyncio.sleep(0)
-        first.set()
-        second.set()
-    assert order == ["a", "b", "a done", "b done", "poll", "c", "c done"]
