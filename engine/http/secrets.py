@@ -3,7 +3,7 @@
 `df.setvar(name, value, secret => true)` seals the value in SQL (engine/schema/0010_secrets.sql) before anything is
 stored: RSA-OAEP with SHA-256 under a public key, bound to the owner and the name by OAEP's label. The private key lies
 in the same database, but encrypted (AES-256-GCM) under a key that derives from dfproxy's secret. What that protects
-against, and what not: docs/decisions/0010-secret-variables.md.
+against, and what not: docs/decisions/0004-secret-variables.md.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 -- Secret variables: df.setvar(name, value, secret => true). The value is sealed here, in the caller's session, before it is
--- stored; only a worker, which knows dfproxy's secret, can open it (engine/http/secrets.py; docs/decisions/0010-secret-variables.md).
+-- stored; only a worker, which knows dfproxy's secret, can open it (engine/http/secrets.py; docs/decisions/0004-secret-variables.md).
 --
 -- RSA-OAEP with SHA-256 (RFC 8017, 7.1.1): PostgreSQL has the hash and arithmetic of any size, and sealing needs no secret.
 
