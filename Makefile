@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv run demo test lint bench clean
+.PHONY: venv run demo test lint bench chaos clean
 
 venv: $(VENV)/.installed
 
@@ -28,6 +28,11 @@ lint: venv
 
 bench: venv
 	$(BIN)/python -m bench
+
+# Longer: make chaos SECONDS=600
+SECONDS ?= 20
+chaos: venv
+	$(BIN)/python -m tests.chaos --seconds $(SECONDS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
