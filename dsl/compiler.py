@@ -163,6 +163,18 @@ def _partial_within(operand: Operand) -> tuple[Chain, list[Operand]] | None:
     return None
 
 
+def _is_operation(chain: Chain) -> bool:
+    """Whether an operator, in whatever parentheses, is what the expression does last: its column has no name then."""
+    while not chain.ops:
+        operand = chain.operands[0]
+        if operand.prefixes:
+            return True
+        if operand.shape != GROUP or operand.last != operand.close:
+            return False
+        chain = operand.inner[0]
+    return True
+
+
 def _foreign(chain: Chain) -> bool:
     """Whether half a condition is all that makes the chain look like ours: others have a `?>` too (RDKit has)."""
     found = [symbol for _, _, symbol in chain.ops if symbol in DISTINCTIVE]
@@ -244,8 +256,9 @@ class _Fragment:
         """See `scanner.Listener`."""
         self._fail((f'nothing stands on the {side} of "{symbol}"', None, "42601"), token)
 
-    def chain(self, chain: Chain, future: bool) -> None:
+    def chain(self, chain: Chain, future: bool, column: bool = False) -> None:
         """See `scanner.Listener`. Outer expressions decide what `&` in their parentheses means, so top-down first."""
+        before = len(self._edits)
         todo = [(chain, _FUTURE if future else _ANY, False)]
         visited: list[Chain] = []
         while todo:
@@ -255,6 +268,10 @@ class _Fragment:
         if future:
             for part in reversed(visited):
                 part.flow = self._chain_flow(part)
+        if column and len(self._edits) > before and _is_operation(chain):
+            # PostgreSQL would name the column after the function that stands for the operator now.
+            start, end = self._starts[chain.operands[0].first], self._ends[chain.operands[-1].last]
+            self._edit(end, end, ' AS "?column?"', start, CLOSE)
 
     def _emit(self, chain: Chain, expected: int, partial_allowed: bool) -> list[tuple[Chain, int, bool]]:
         """Edits for one chain; what remains to be done for the expressions inside its operands."""

@@ -149,8 +149,12 @@ class Statement:
 class Listener(Protocol):
     """What the compiler makes of what is found. Token indexes throughout."""
 
-    def chain(self, chain: Chain, future: bool) -> None:
-        """An outermost expression; `future`: it stands where a df function takes a future."""
+    def chain(self, chain: Chain, future: bool, column: bool = False) -> None:
+        """An outermost expression.
+
+        `future`: it stands where a df function takes a future; `column`: it is all of a column in a list of SELECT or
+        RETURNING, and has no name.
+        """
 
     def call_opened(self, call: Call) -> None:
         """A df call's parenthesis opened."""
@@ -174,8 +178,8 @@ TOP, PAREN, ARGUMENTS, BRACKET, CASE = range(5)
 class Frame:
     """A bracket, or a CASE, that is open."""
 
-    __slots__ = ("argument", "branch", "call", "chain", "expecting", "impure", "kind", "name_first", "open", "operand",
-                 "owner", "tail")  # fmt: skip
+    __slots__ = ("argument", "branch", "call", "chain", "columns", "expecting", "impure", "kind", "name_first", "open",
+                 "operand", "owner", "tail")  # fmt: skip
 
     def __init__(self, kind: int, owner: Operand | None, at: int) -> None:
         self.kind = kind
@@ -187,6 +191,7 @@ class Frame:
         self.tail = ANYTHING  # what the operand ended with: NAME, CALL
         self.name_first = 0
         self.impure = False  # holds more than one expression
+        self.columns = False  # in the list of columns of SELECT or RETURNING
         self.branch = False  # in a CASE: after THEN or ELSE
         self.call: Call | None = None
         self.argument: Argument | None = None
@@ -302,8 +307,14 @@ class Scanner:
         if self._is_boundary(index, word):
             self._break(index)
             self._frame.impure = True
+            if word in _LISTS:
+                self._frame.columns = True
+            elif word in _AFTER_COLUMNS or word == "then":
+                self._frame.columns = False
             return self._enter_statement(index, word)
         self._start_name(index)
+        if word == "loop" and self._plpgsql:
+            self._frame.columns = False
         return self._enter_statement(index, word)
 
     def _continuation(self, index: int, word: str) -> int:
@@ -468,6 +479,7 @@ class Scanner:
         elif word == ";":
             self._leave_cases(index)
             self._break(index)
+            self._frame.columns = False
             if self._frame.kind == TOP:
                 self._end_statement(index - 1)
         else:
@@ -533,7 +545,7 @@ class Scanner:
                 owner.inner.append(chain)
             else:
                 if chain is not None:
-                    self._listener.chain(chain, False)
+                    self._listener.chain(chain, False, self._is_column(frame, chain, index))
                 if owner.shape == GROUP:
                     owner.shape = ANYTHING
         elif frame.kind == ARGUMENTS:
@@ -672,7 +684,19 @@ class Scanner:
         chain = self._end_chain(index)
         if chain is not None:
             frame.impure = True
-            self._listener.chain(chain, False)
+            self._listener.chain(chain, False, self._is_column(frame, chain, index))
+
+    def _is_column(self, frame: Frame, chain: Chain, index: int) -> bool:
+        """Whether the expression, which ends before token `index`, is all of a column, without a name."""
+        first = chain.operands[0].first
+        if not frame.columns or first == 0 or self._words[first - 1] not in _BEFORE_COLUMN:
+            return False
+        if index >= self._count:
+            return True
+        following, kind = self._words[index], self._kinds[index]
+        if kind == PUNCT:
+            return following in (",", ";", ")")
+        return kind == IDENT and (following in _AFTER_COLUMNS or (following == "loop" and self._plpgsql))
 
     def _end_chain(self, index: int) -> Chain | None:
         frame = self._frame
@@ -751,6 +775,11 @@ class Scanner:
         return Statement("definition", index)
 
 
+#: Words that begin a list of columns, and that may stand between them and a column; words that may follow the list.
+_LISTS = names("select returning")
+_BEFORE_COLUMN = _LISTS | names("all distinct") | {","}
+_AFTER_COLUMNS = names(
+    "from into where group having window union except intersect order limit offset fetch for on returning with")
 _HEADS = names("create do drop alter comment grant revoke security")
 
 

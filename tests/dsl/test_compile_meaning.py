@@ -130,6 +130,24 @@ def test_worked_examples(server: psycopg.Connection[tuple[str]]) -> None:
         assert value(server, compiled.sql, WITHOUT) == tree, expression
 
 
+def test_columns_have_the_same_names(server18: psycopg.Connection[tuple[str]]) -> None:
+    def columns(sql: str, path: str) -> list[str]:
+        server18.execute(f"SET search_path = {path}")
+        return [c.name for c in server18.execute(sql.encode()).description or ()]
+
+    for source in (
+        "SELECT 'a' ~> 'b', 'a' & 'b' ~> 'c', @> 'x', ('a' ~> 'b'), (@> 'x'), 1, q, df.sql('x'), df.start('a' ~> 'b') FROM t",
+        "SELECT DISTINCT 'a' ~> 'b' UNION SELECT 'x' ORDER BY 1",
+        "SELECT 'a' ~> 'b' x, 'a' ~> 'b' AS y, (SELECT 'a' ~> 'b'), ARRAY(SELECT 'a' ~> 'b'), 'c' ?> 't' !> 'e'",
+        "SELECT 'a' ~> 'b' || 'c', ('a' ~> 'b') = 'x', upper('a' ~> 'b'), row('a' ~> 'b')",
+        "INSERT INTO t (q) SELECT 'a' ~> 'b' RETURNING q, 'r' ~> q",
+        "WITH w AS (SELECT 'a' ~> 'b') SELECT * FROM w, t LIMIT 1",
+    ):
+        compiled = compile_sql(source)
+        assert compiled is not None
+        assert columns(source, WITH_OPERATORS) == columns(compiled.sql, WITHOUT), source
+
+
 def test_broken_conditions(server: psycopg.Connection[tuple[str]]) -> None:
     for expression in BROKEN:
         source = f"SELECT df.start({expression})"

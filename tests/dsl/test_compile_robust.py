@@ -86,7 +86,7 @@ def test_only_spans_change(operands: list[str], operators: list[str], frame: str
         return
     # Without what was put in and what it replaced, both are the same, to the character.
     without = re.sub(r", '[^']*(?:''[^']*)*', '[^']*(?:''[^']*)*', \d+\)", "", compiled.sql)
-    without = INSERTED.sub("", without)
+    without = INSERTED.sub("", without.replace(' AS "?column?"', ""))
     expected = re.sub(r"[ \t]*(?:~>|&|\|)", "", source)
     assert INSERTED.sub("", expected).replace(" ", "") == without.replace(" ", "")
     # Literals and names are found where they stand in the source.
