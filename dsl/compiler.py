@@ -84,6 +84,10 @@ class Compiled:
     warnings: tuple[CompileWarning, ...] = ()
     error: CompileError | None = None
 
+    def raises(self, position: int) -> bool:
+        """Whether the error or a warning at this position (of the text that it was made from) is raised by `sql`."""
+        return any(found.position == position for found in (self.error, *self.warnings) if found is not None)
+
     def source_position(self, position: int) -> int:
         """1-based position (characters) in `sql` -> 1-based position in the text it was made from."""
         if self.error is not None:

@@ -35,6 +35,8 @@ class CompiledStatement(Protocol):
 
     def source_position(self, position: int, /) -> int: ...
 
+    def raises(self, position: int, /) -> bool: ...
+
 
 class Compile(Protocol):
     """The signature of dsl.compiler.compile_sql."""

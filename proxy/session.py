@@ -738,7 +738,7 @@ class Session:
         request = self._conversation.current
         compiled = request.tag.compiled if request is not None and request.tag is not None else None
         try:
-            changed = client_view(payload, compiled.source_position if compiled is not None else None)
+            changed = client_view(payload, compiled)
         except ProtocolError:
             raise
         except Exception:

@@ -27,6 +27,10 @@ class Replaced:
 
     sql: str
     spans: tuple[tuple[int, int], ...] = ()  # (position in the new text, characters that it is longer from there on)
+    refused: int = 0  # position of what it raises an error about
+
+    def raises(self, position: int) -> bool:
+        return position == self.refused
 
     def source_position(self, position: int) -> int:
         return position - next((grown for start, grown in reversed(self.spans) if position > start), 0)
@@ -49,7 +53,7 @@ def compile_stub(sql: str, *, standard_conforming_strings: bool) -> Replaced | N
         position = sql.index(REFUSED) + 1
         return Replaced(
             "DO $dfproxy$ BEGIN RAISE EXCEPTION USING ERRCODE = '22023', MESSAGE = 'df.refused() is refused',"
-            f" HINT = 'leave it', CONSTRAINT = 'dfproxy:position={position}'; END $dfproxy$"
+            f" HINT = 'leave it', CONSTRAINT = 'dfproxy:position={position}'; END $dfproxy$", refused=position,
         )
     spans, grown, out, rest = [], 0, "", sql
     while True:

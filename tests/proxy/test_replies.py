@@ -9,11 +9,25 @@ from hypothesis import strategies as st
 from proxy.replies import client_view
 from proxy.wire.backend import encode_error_fields, error_fields
 
+
+class Moved:
+    """A statement that became `grown` characters longer in front, and raises something about its third character."""
+
+    def __init__(self, grown: int) -> None:
+        self.grown = grown
+
+    def source_position(self, position: int) -> int:
+        return position - self.grown
+
+    def raises(self, position: int) -> bool:
+        return position == 3
+
+
 FIELDS = {"S": "ERROR", "V": "ERROR", "C": "42703", "M": "no", "P": "20", "F": "parse.c", "L": "7", "R": "parse", "W": "PL/pgSQL"}
 
 
 def view(fields: dict[str, str], grown: int | None = 5) -> dict[str, str] | None:
-    changed = client_view(encode_error_fields(fields), (lambda p: p - grown) if grown is not None else None)
+    changed = client_view(encode_error_fields(fields), Moved(grown) if grown is not None else None)
     return error_fields(changed) if changed is not None else None
 
 
@@ -32,6 +46,14 @@ def test_the_marker_becomes_the_position_unmapped() -> None:
     del marked["P"]
     assert view(marked) == {"S": "ERROR", "V": "ERROR", "C": "42703", "M": "no", "P": "3"}
     assert view(marked, grown=None) == {"S": "ERROR", "V": "ERROR", "C": "42703", "M": "no"}
+
+
+def test_a_marker_of_another_text_points_nowhere_and_says_where_it_was_called() -> None:
+    called = {"W": 'PL/pgSQL function duroxide.warning(text,text,text,integer) line 9 at RAISE\nSQL function "f" statement 1'}
+    plain = {"S": "ERROR", "V": "ERROR", "C": "42703", "M": "no", "W": 'SQL function "f" statement 1'}
+    assert view(FIELDS | called | {"n": "dfproxy:position=4"}) == plain
+    assert view(FIELDS | called | {"n": "dfproxy:position=3"}, grown=None) == plain
+    assert view(FIELDS | called | {"n": "dfproxy:position=3"}) == plain | {"P": "3"}  # in a DO block, say
 
 
 @pytest.mark.parametrize("number", ["", "0", "-1", "x", "1x", "99999999999999999999", "１"])

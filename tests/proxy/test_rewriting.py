@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import asyncpg
 import psycopg
 import pytest
 
+from engine import migrate
 from proxy.rewriter import CACHE_LIMIT, INLINE_LIMIT, Dialect, Rewriter
 from proxy.wire import backend, build
 from proxy.wire.frames import Frame, FrameParser
@@ -325,3 +327,35 @@ def test_executing_a_prepared_statement_that_mentions_df_wakes(database18: Datab
         wire.send(build.bind("p", "s"), build.execute("p"), build.sync())
         wire.until_ready()
         assert len(proxied18.commits) == 1
+
+
+# --- with the real compiler: what functions raise that were compiled when they were created ---
+
+
+def test_warnings_from_within_functions(database18: Database) -> None:
+    asyncio.run(migrate.migrate(database18.dsn()))
+    with running_proxy(database18.dsn(), rewriter=Rewriter()) as proxy, psycopg.connect(
+            proxy.dsn(database18), autocommit=True) as c:
+        heard: list[tuple[str, str | None, str | None]] = []
+        c.add_notice_handler(lambda n: heard.append(
+            (str(n.message_primary)[:12], n.statement_position, n.context)))
+        surprising = "'SELECT 1' ~> 'SELECT 2' & 'SELECT 3'"
+        c.execute(f"SELECT {surprising}")
+        assert heard == [('"&" after "~', str(len("SELECT 'SELECT 1' ~> 'SELECT 2' &")), None)]
+        heard.clear()
+
+        c.execute(f"CREATE FUNCTION f(n int) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RETURN {surprising} || n; END $$")
+        assert heard == []
+        for call in ("SELECT f(1)", f"SELECT f(1), {surprising}"):
+            c.execute(call)
+        nested = [h for h in heard if h[2] is not None]
+        assert {h[1] for h in nested} == {None}
+        assert all("function f(integer) line 1 at RETURN" in str(h[2]) for h in nested)
+        assert len(nested) >= 2
+        assert [h[1] for h in heard if h[2] is None] == [str(len("SELECT f(1), 'SELECT 1' ~> 'SELECT 2' &"))]
+        heard.clear()
+
+        do = f"DO $$ BEGIN\n PERFORM {surprising}; END $$"
+        c.execute(do)
+        assert {h[1] for h in heard} == {str(do.index("&") + 1)}
+        assert all("inline_code_block line 2" in str(h[2]) for h in heard)
