@@ -104,6 +104,8 @@ class Player:
 
     def claim(self, limit: int = 100) -> list[str]:
         """Claims what is due; returns the ids."""
+        self.connection.execute("INSERT INTO duroxide.workers (id, name, version, lease) VALUES (%s, 'player', '0', '1 hour')"
+                                " ON CONFLICT (id) DO NOTHING", (self.worker,))
         rows = self.connection.execute("SELECT instance_id, token FROM duroxide.claim(%s, %s)", (self.worker, limit)).fetchall()
         self.tokens |= dict(rows)
         return [r[0] for r in rows]

@@ -57,7 +57,6 @@ ARGUMENTS = {
     "as": "fut text, name text",
     "step": "name text, fut text",
     "explain": "input text",
-    "setvar": "name text, value text",
     "run": "instance_id text DEFAULT NULL::text",
 }
 
@@ -66,6 +65,11 @@ ARGUMENTS = {
 def test_parameters(df: Connection, name: str) -> None:
     assert rows(df, "SELECT pg_get_function_arguments(oid) FROM pg_proc WHERE pronamespace = 'df'::regnamespace AND proname = %s",
                 name) == [(ARGUMENTS[name],)]
+
+
+def test_parameters_of_setvar(df: Connection) -> None:
+    assert rows(df, "SELECT pg_get_function_arguments(oid) FROM pg_proc WHERE proname = 'setvar' AND pronamespace = 'df'::regnamespace "
+                    "ORDER BY pronargs") == [("name text, value text",), ("name text, value text, secret boolean",)]
 
 
 def test_info_and_nodes(df: Connection, player: Player, begin: Begin) -> None:
