@@ -164,7 +164,7 @@ FORGERIES = [
     "INSERT INTO duroxide.settings VALUES ('enable_superuser_instances', 'on')",
     "SELECT duroxide.claim(gen_random_uuid(), 1)",
     "SELECT duroxide.release(gen_random_uuid(), '{}')",
-    "SELECT duroxide.inbox(gen_random_uuid())",
+    "SELECT duroxide.inbox(gen_random_uuid(), NULL)",
     "SELECT duroxide.heartbeat(gen_random_uuid())",
     "SELECT duroxide.checkpoint('00000001', gen_random_uuid(), '[]')",
     "SELECT duroxide.register_executor(10)",
