@@ -207,6 +207,14 @@ class Leg(asyncio.Protocol):
         else:
             transport.writelines(chunks)
 
+    def send(self, data: bytes) -> None:
+        """`write` of one piece, as most are."""
+        transport = self._transport
+        if self.tls is not None or self._finished or transport is None or transport.is_closing():
+            self.write((data,))
+        else:
+            transport.write(data)
+
     def _write_encrypted(self, tls: TlsStream, chunks: Sequence[bytes | memoryview]) -> None:
         try:
             tls.write(chunks)

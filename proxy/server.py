@@ -67,6 +67,8 @@ _MAX_CANCELS: Final = 100
 _QUIET: Final = 0.5
 #: Seconds between looks at the sessions while the proxy drains.
 _LOOK: Final = 0.05
+#: Seconds between two calls of `on_commit` for transactions that nobody knows to have mentioned df.
+_SELDOM: Final = 0.1
 #: What `proxy_protocol` says for clients of the Unix-domain socket.
 UNIX: Final = "unix"
 
@@ -108,6 +110,8 @@ class ProxyServer:
         self._limits = Limits(config.startup_timeout, config.write_buffer, config.max_rewrite)
         self._sessions: set[Session] = set()
         self._admitted: set[Session] = set()
+        self._telling: asyncio.TimerHandle | None = None
+        self._told_at = float("-inf")
         self._listener: Listener | None = None
         self._closing = False
         self._main: asyncio.Task[None] | None = None
@@ -144,6 +148,8 @@ class ProxyServer:
         self._stop.set()
         if self._main is not None:
             await self._main
+        if self._telling is not None:
+            self._telling.cancel()
         self.rewriter.close()
 
     def reload(self) -> None:
@@ -270,7 +276,21 @@ class ProxyServer:
 
     def committed(self) -> None:
         """Passes on that a transaction may have been committed."""
+        self._told_at = asyncio.get_running_loop().time()
         self._on_commit()
+
+    def perhaps_committed(self) -> None:
+        """Passes that on as well, at once but not more often than there is any use in it.
+
+        What is called by EXECUTE of a statement that was prepared in SQL, by a trigger or by a function can't be seen.
+        """
+        if self._telling is None:
+            loop = asyncio.get_running_loop()
+            self._telling = loop.call_at(max(loop.time(), self._told_at + _SELDOM), self._tell)
+
+    def _tell(self) -> None:
+        self._telling = None
+        self.committed()
 
 
 class _ClientLeg(Leg):

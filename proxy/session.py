@@ -11,7 +11,8 @@ from then on both directions are relayed, and this module is what looks at them 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Protocol
@@ -54,7 +55,18 @@ from proxy.wire.messages import (
     TransactionStatus,
 )
 from proxy.wire.proxy_header import ProxyHeader
-from proxy.wire.states import ASKING, TELLING, Conversation, Event, Phase, Startup, packet_event, server_event
+from proxy.wire.states import (
+    ASKING,
+    BATCH,
+    TELLING,
+    TELLING_PLAIN,
+    Conversation,
+    Event,
+    Phase,
+    Startup,
+    packet_event,
+    server_event,
+)
 from proxy.wire.tls import ALPN, TlsStream, common_name
 
 log = structlog.get_logger("dfproxy.session")
@@ -82,6 +94,11 @@ _QUERY: Final = int(Frontend.QUERY)
 _PARSE: Final = int(Frontend.PARSE)
 _EXECUTE: Final = int(Frontend.EXECUTE)
 _PASSWORD: Final = int(Frontend.PASSWORD)
+_SYNC: Final = int(Frontend.SYNC)
+#: What may stand in a batch besides Parse and Sync.
+_BATCHED: Final = frozenset(
+    int(t) for t in (Frontend.BIND, Frontend.DESCRIBE, Frontend.EXECUTE, Frontend.CLOSE, Frontend.FLUSH))
+_HEADER: Final = struct.Struct(">BI")
 _READY_FOR_QUERY: Final = int(Backend.READY_FOR_QUERY)
 _BETWEEN_TRANSACTIONS: Final = int(TransactionStatus.IDLE)
 
@@ -114,7 +131,10 @@ class Host(Protocol):
         """Whether the client is a load balancer, which begins with a PROXY header."""
 
     def committed(self) -> None:
-        """A transaction of a session that spoke of df may have been committed."""
+        """A transaction in which df was mentioned may have been committed."""
+
+    def perhaps_committed(self) -> None:
+        """A session that has mentioned df is between transactions again; the last one may have called it unseen."""
 
 
 @dataclass(frozen=True)
@@ -169,19 +189,20 @@ class Session:
         self._statements: dict[bytes, Statement] = {}
         self._portals: dict[bytes, Statement] = {}
         self._touched = False  # df was mentioned since the last moment between transactions
+        self._concerned = False  # df was mentioned at all
         self._status: int | None = None
         self._ready = False  # the first ReadyForQuery has come
         self._parameters = {"client_encoding": "UTF8", "server_encoding": "UTF8", "standard_conforming_strings": "on"}
         self._codec: str | None = "utf_8"  # of the client's texts
         self._dialect = Dialect()
 
-        self._up = FrameSplitter(max_length=MAX_AUTH_MESSAGE, max_whole=limits.max_rewrite)
+        self._asked_of = bytearray(256)  # what to do with each type of message from the client
+        self._up = FrameSplitter(self._asked_of, max_length=MAX_AUTH_MESSAGE, max_whole=limits.max_rewrite)
         for type_ in ASKING:
-            self._up.modes[type_] = NOTE
-        self._up.modes[Frontend.QUERY] = self._up.modes[Frontend.PARSE] = WHOLE
-        self._up.modes[Frontend.PASSWORD] = WHOLE
-        self._down = FrameSplitter(max_length=MAX_MESSAGE, max_whole=_MAX_DIAGNOSIS)
-        self._starting_modes(self._down.modes)
+            self._asked_of[type_] = NOTE
+        self._asked_of[Frontend.QUERY] = self._asked_of[Frontend.PARSE] = WHOLE
+        self._asked_of[Frontend.PASSWORD] = WHOLE
+        self._down = FrameSplitter(_STARTING, max_length=MAX_MESSAGE, max_whole=_MAX_DIAGNOSIS)
 
         self._launcher: Launcher | None = None  # of the session's database
         self._unserved: str | None = None  # the hint for a database without workflows
@@ -467,8 +488,53 @@ class Session:
             self.stir()
         if self._unread:
             self._unread.append(self._up.feed(data))
-        else:
+        elif not (self._ready and self._passes(data)):
+            if self._ready:
+                self._down.modes = _READY
             self._forward(self._up.feed(data))
+
+    def _passes(self, data: bytes) -> bool:
+        """Sends on a request that nothing has to be done about, which is most of what clients send.
+
+        That is one Query, or one batch of the extended protocol up to its Sync, in a session that has nothing on its
+        way and no prepared statement that mentions df. False: it has to be looked at message by message.
+        """
+        size = len(data)
+        conversation = self._conversation
+        if (size > INLINE_LIMIT or size < 5 or self._statements or self._portals or not conversation.idle
+                or not self._up.at_boundary or self._server is None):
+            return False
+        if data[0] == _QUERY:
+            if int.from_bytes(data[1:5], "big") != size - 1 or self._host.rewriter.mentions(data[5:-1]):
+                return False
+            conversation.sent_alone(_QUERY)
+        elif self._is_batch(data, size):
+            conversation.sent_alone(BATCH)
+        else:
+            return False
+        self._down.modes = _PLAIN
+        self._server.send(data)
+        return True
+
+    def _is_batch(self, data: bytes, size: int) -> bool:
+        """Whether the data is a whole batch that ends with its only Sync and prepares nothing that mentions df."""
+        position = 0
+        while size - position >= 5:
+            type_, length = _HEADER.unpack_from(data, position)
+            end = position + 1 + length
+            if length < 4 or end > size:
+                return False
+            if type_ == _PARSE:
+                name = data.find(0, position + 5, end)
+                statement = data.find(0, name + 1, end)
+                if name < 0 or statement < 0 or self._host.rewriter.mentions(data[name + 1 : statement]):
+                    return False
+            elif type_ == _SYNC:
+                return bool(end == size)
+            elif type_ not in _BATCHED:
+                return False
+            position = end
+        return False
 
     def _forward(self, items: Iterator[Item]) -> None:
         """Sends on what the client sent, up to a statement that is too large to compile here and now."""
@@ -527,6 +593,8 @@ class Session:
     def _rewritten(self, frame: Frame, name: bytes, statement: Statement | None) -> bytes:
         """The message to send for a Query or Parse, which is noted and, if it mentions df, remembered."""
         self._conversation.sent(frame.type, statement)
+        if statement is not None:
+            self._concerned = True
         if frame.type == _PARSE:
             self._remember(self._statements, name, statement)
         if statement is None or statement.text is None:
@@ -569,38 +637,19 @@ class Session:
         if len(names) > _MAX_REMEMBERED:
             del names[next(iter(names))]
         for type_ in (Frontend.BIND, Frontend.EXECUTE, Frontend.DESCRIBE, Frontend.CLOSE):
-            self._up.modes[type_] = PEEK
+            self._asked_of[type_] = PEEK
 
     # --- server to client ---
 
-    @staticmethod
-    def _starting_modes(modes: bytearray) -> None:
-        """Before the session is ready every message is looked at: there are few, and their order is fixed."""
-        modes[:] = bytes((NOTE,)) * 256
-        for type_ in (
-            Backend.AUTHENTICATION,
-            Backend.BACKEND_KEY_DATA,
-            Backend.ERROR_RESPONSE,
-            Backend.NOTICE_RESPONSE,
-            Backend.PARAMETER_STATUS,
-            Backend.READY_FOR_QUERY,
-        ):
-            modes[type_] = WHOLE
-
-    @staticmethod
-    def _ready_modes(modes: bytearray) -> None:
-        modes[:] = bytes(256)
-        for type_ in TELLING:
-            modes[type_] = NOTE
-        for type_ in (
-            Backend.ERROR_RESPONSE,
-            Backend.NOTICE_RESPONSE,
-            Backend.PARAMETER_STATUS,
-            Backend.READY_FOR_QUERY,
-        ):
-            modes[type_] = WHOLE
-
     def _to_client(self, data: bytes) -> None:
+        if self._down.modes is _PLAIN and (last := self._down.skim(data, _READY_FOR_QUERY)) >= 0:
+            self._client.send(data)
+            if last:
+                self._conversation.finished()
+                self._between(data[-1])
+            if self._host.draining:
+                self._drain()
+            return
         out: list[bytes | memoryview] = []
         try:
             for item in self._down.feed(data):
@@ -620,9 +669,12 @@ class Session:
         if out:
             self._client.write(out)
         if self._host.draining:
-            self.stir()
-            if self._host.impatient and self.idle:
-                self.dismiss()
+            self._drain()
+
+    def _drain(self) -> None:
+        self.stir()
+        if self._host.impatient and self.idle:
+            self.dismiss()
 
     def _told(self, type_: int) -> None:
         if not self._ready:
@@ -631,11 +683,16 @@ class Session:
         done = self._conversation.received(type_)
         if done is not None and done.tag is not None and done.type == _EXECUTE:
             self._touched = True
+        if not self._conversation.plain:
+            self._down.modes = _READY
 
     def _read(self, frame: Frame) -> bytes:
         """What the client gets for a message of the server that is read."""
         payload = frame.payload
         if frame.type == _READY_FOR_QUERY:
+            done = self._conversation.received(_READY_FOR_QUERY)
+            if done is not None and done.tag is not None:
+                self._touched = True
             self._between(backend.transaction_status(payload))
             if self._ready:
                 return frame.encode()
@@ -654,7 +711,7 @@ class Session:
                 self._registered(payload)
         if not self._ready and self._advance(server_event(frame.type)) is Phase.READY:
             self._ready = True
-            self._ready_modes(self._down.modes)
+            self._down.modes = _READY
         return frame.encode() if payload is frame.payload else build.message(frame.type, payload)
 
     def _advance(self, event: Event) -> Phase:
@@ -683,7 +740,7 @@ class Session:
         if code == Authentication.OK:
             self._deadline.reschedule(None)
             self._up.max_length = MAX_MESSAGE
-            self._up.modes[Frontend.PASSWORD] = PASS
+            self._asked_of[Frontend.PASSWORD] = PASS
             if self._unread:
                 self._go_on()
         return step.to_client
@@ -760,19 +817,37 @@ class Session:
 
     def _between(self, status: int) -> None:
         """ReadyForQuery: the reply to a request, or to a batch, is complete."""
-        done = self._conversation.received(_READY_FOR_QUERY)
-        if done is not None and done.tag is not None:
-            self._touched = True
         self._status = status
-        if status == _BETWEEN_TRANSACTIONS and self._touched:
-            self._touched = False
-            self._host.committed()
+        if status == _BETWEEN_TRANSACTIONS and self._concerned:
+            if self._touched:
+                self._touched = False
+                self._host.committed()
+            else:
+                self._host.perhaps_committed()
 
     def _malformed(self, who: str, error: ProtocolError) -> None:
         self._log.info("malformed bytes", sender=who, reason=str(error))
         self._refuse("08P01", f"dfproxy got malformed bytes from the {who}: {error}")
         if self._server is not None:
             self._server.close()
+
+
+def _modes(otherwise: int, *, note: Iterable[int] = (), whole: Iterable[int] = ()) -> bytes:
+    """What to do with each type of message."""
+    modes = bytearray((otherwise,)) * 256
+    for type_ in note:
+        modes[type_] = NOTE
+    for type_ in whole:
+        modes[type_] = WHOLE
+    return bytes(modes)
+
+
+_DIAGNOSES: Final = (Backend.ERROR_RESPONSE, Backend.NOTICE_RESPONSE, Backend.PARAMETER_STATUS, Backend.READY_FOR_QUERY)
+#: Before the session is ready every message is looked at: there are few, and their order is fixed.
+_STARTING: Final = _modes(NOTE, whole=(*_DIAGNOSES, Backend.AUTHENTICATION, Backend.BACKEND_KEY_DATA))
+#: After that: what tells where the conversation stands, and while that is plain, the little that can change it.
+_READY: Final = _modes(PASS, note=TELLING, whole=_DIAGNOSES)
+_PLAIN: Final = _modes(PASS, note=TELLING_PLAIN, whole=_DIAGNOSES)
 
 
 def _split(frame: Frame) -> tuple[bytes, bytes | None]:

@@ -158,11 +158,14 @@ class Startup:
 
 #: The startup packet as a request: ReadyForQuery ends its reply too.
 STARTUP: Final = 0
+#: A whole batch of the extended protocol with its Sync, as one request. Its reply is not looked at message by message.
+BATCH: Final = 1
 _Z: Final = frozenset({int(Backend.READY_FOR_QUERY)})
 
 #: Which messages of the server end the reply to a request. A message of the client that is not here has no reply.
 REPLY_ENDS: Final[Mapping[int, frozenset[int]]] = {
     STARTUP: _Z,
+    BATCH: _Z,
     Frontend.QUERY: _Z,
     Frontend.FUNCTION_CALL: _Z,
     Frontend.SYNC: _Z,
@@ -185,7 +188,9 @@ TELLING: Final = (
     frozenset(t for ends in REPLY_ENDS.values() for t in ends) | _COPY_STARTS | {int(Backend.ERROR_RESPONSE)}
 )
 #: What `Conversation.sent` has to be told.
-ASKING: Final = frozenset(REPLY_ENDS) - {STARTUP} | _COPY_ENDS
+ASKING: Final = frozenset(REPLY_ENDS) - {STARTUP, BATCH} | _COPY_ENDS
+#: What it has to be told while it is `plain`.
+TELLING_PLAIN: Final = _Z | _COPY_STARTS | {int(Backend.ERROR_RESPONSE)}
 
 Tag = TypeVar("Tag")
 
@@ -215,6 +220,9 @@ class Conversation(Generic[Tag]):
         }
         self._skipping = False  # the server skips what it reads until a Sync that was not sent yet
         self._copying = False  # the server receives COPY data whose end was not sent yet
+        #: Whether all that is pending, if anything, is one Query or one BATCH that the owner attached nothing to: then
+        #: only messages in TELLING_PLAIN matter.
+        self.plain = started
         if not started:
             self._pending.append(self._plain[STARTUP])
 
@@ -231,8 +239,14 @@ class Conversation(Generic[Tag]):
     def __len__(self) -> int:
         return len(self._pending)
 
+    def sent_alone(self, type_: int) -> None:
+        """The client sent a Query, or a whole BATCH; to be called while the conversation is idle."""
+        self._pending.append(self._plain[type_])
+        self.plain = True
+
     def sent(self, type_: int, tag: Tag | None = None) -> None:
         """The client sent a message of this type (one of ASKING; others are ignored)."""
+        self.plain = False
         if type_ in _COPY_ENDS:
             if self._copying:
                 self._copying = False
@@ -284,6 +298,11 @@ class Conversation(Generic[Tag]):
             if request.ends is _Z:
                 return request
 
+    def finished(self) -> None:
+        """The server sent ReadyForQuery while the conversation was `plain`: the same as `received`, but quicker."""
+        if self._pending:
+            self._pending.clear()
+
     def _failed(self) -> None:
         pending = self._pending
         current = self.current
@@ -300,8 +319,11 @@ class Conversation(Generic[Tag]):
         while pending and pending[0].type in _COPY_ENDS:
             pending.popleft()
         if pending:
-            kept.append(pending.popleft())
+            request = pending.popleft()
+            # The Sync that a batch ended with is ignored; what the client sends after the data ends the reply.
+            kept.append(self._plain[Frontend.EXECUTE] if request.type == BATCH else request)
         self._copying = True
+        self.plain = False
         while pending:
             request = pending.popleft()
             if request.type in _COPY_ENDS:

@@ -75,11 +75,15 @@ def mentions_stub(statement: bytes) -> bool:
 
 @dataclass
 class RunningProxy:
-    """A proxy that serves; `commits` counts calls of `on_commit`."""
+    """A proxy that serves; `commits` counts calls of `on_commit`.
+
+    Without `guesses` only those are passed on that follow a mention of df; the others count in `guessed`.
+    """
 
     server: ProxyServer
     loop: asyncio.AbstractEventLoop
     commits: list[int] = field(default_factory=list)
+    guessed: list[int] = field(default_factory=list)
 
     @property
     def port(self) -> int:
@@ -102,7 +106,7 @@ class RunningProxy:
 
 
 @contextlib.contextmanager
-def running_proxy(upstream: str, *, rewriter: Rewriter | None = None, port: int = 0, **config: Any) -> Iterator[RunningProxy]:
+def running_proxy(upstream: str, *, rewriter: Rewriter | None = None, port: int = 0, guesses: bool = False, **config: Any) -> Iterator[RunningProxy]:
     """A proxy before `upstream`, with the stand-in compiler unless a rewriter is given."""
     started = threading.Event()
     box: list[RunningProxy | BaseException] = []
@@ -115,10 +119,13 @@ def running_proxy(upstream: str, *, rewriter: Rewriter | None = None, port: int 
             on_commit=lambda: commits.append(1),
             rewriter=rewriter or Rewriter(mentions=mentions_stub, compile_=compile_stub),
         )
+        guessed: list[int] = []
+        if not guesses:
+            server.perhaps_committed = lambda: guessed.append(1)  # type: ignore[method-assign]
         ending = asyncio.Event()
         async with server:
             stop.append(ending)
-            box.append(RunningProxy(server, asyncio.get_running_loop(), commits))
+            box.append(RunningProxy(server, asyncio.get_running_loop(), commits, guessed))
             started.set()
             await ending.wait()
         assert server.clients == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from proxy.wire.frames import Frame, FrameParser
 from proxy.wire.messages import Backend, TransactionStatus
 from tests.fix_postgres import Database
 from tests.proxy.proxies import REFUSED, RunningProxy, compile_stub, mentions_stub, running_proxy
+from tests.proxy.test_adversity import eventually
 
 
 @pytest.fixture
@@ -327,6 +329,32 @@ def test_executing_a_prepared_statement_that_mentions_df_wakes(database18: Datab
         wire.send(build.bind("p", "s"), build.execute("p"), build.sync())
         wire.until_ready()
         assert len(proxied18.commits) == 1
+
+
+def test_a_session_that_has_mentioned_df_wakes_now_and_then(database18: Database) -> None:
+    with running_proxy(database18.dsn(), guesses=True) as proxy, Wire(proxy, database18) as wire:
+        for _ in range(20):
+            wire.send(build.query("SELECT 1"))
+            wire.until_ready()
+        assert proxy.commits == []  # nothing here has ever to do with workflows
+        wire.send(build.query("PREPARE p AS SELECT df.one()"))
+        wire.until_ready()
+        eventually(lambda: len(proxy.commits) == 1)
+        wire.send(build.query("EXECUTE p"))
+        wire.until_ready()
+        eventually(lambda: len(proxy.commits) == 2)
+        # Not within a transaction, which nobody else can see, and not for each of many.
+        wire.send(build.query("BEGIN"), build.query("EXECUTE p"))
+        wire.until_ready(2)
+        seen, began = len(proxy.commits), time.monotonic()
+        time.sleep(0.3)
+        assert len(proxy.commits) == seen
+        began = time.monotonic()
+        for _ in range(200):
+            wire.send(build.query("COMMIT; EXECUTE p"))
+            wire.until_ready()
+        eventually(lambda: len(proxy.commits) > seen)
+        assert len(proxy.commits) - seen <= (time.monotonic() - began) / 0.1 + 2
 
 
 # --- with the real compiler: what functions raise that were compiled when they were created ---

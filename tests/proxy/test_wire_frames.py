@@ -116,6 +116,61 @@ def test_spans_that_are_forwarded_never_end_inside_a_header_nor_hold_part_of_a_w
         assert forwarded == (0 if cut < 5 else cut if cut <= 14 else 14 if cut < 30 else cut - 11)
 
 
+@given(
+    st.lists(st.builds(Frame, st.sampled_from(b"DDDTCZZEN"), st.binary(max_size=12)), max_size=30),
+    st.lists(st.integers(0, 300)), st.booleans(),
+)
+def test_skimming_takes_only_what_feeding_would_pass(frames: list[Frame], cuts: list[int], at_messages: bool) -> None:
+    data = stream(frames)
+    if at_messages:  # as servers write them
+        ends = [len(stream(frames[: i + 1])) for i in range(len(frames))]
+        cuts = [ends[c % len(ends)] for c in cuts] if ends else []
+    plain, skimmed = FrameSplitter(), FrameSplitter()
+    for splitter in (plain, skimmed):
+        splitter.modes[ord("Z")] = splitter.modes[ord("E")] = WHOLE
+        splitter.modes[ord("C")] = NOTE
+    expected, got, out, fed = [], [], b"", b""
+
+    def feed(splitter: FrameSplitter, piece: bytes, told: list[object]) -> bytes:
+        passed = b""
+        for item in splitter.feed(piece):
+            if isinstance(item, Frame | int):
+                told.append(item)
+                passed += item.encode() if isinstance(item, Frame) else b""
+            else:
+                passed += bytes(item)  # type: ignore[arg-type]
+        return passed
+
+    for piece in pieces(data, cuts):
+        fed += feed(plain, piece, expected)
+        last = skimmed.skim(piece, ord("Z"))
+        if last < 0:
+            out += feed(skimmed, piece, got)
+            continue
+        out += piece
+        if last:
+            assert skimmed.at_boundary
+            got.append(last)
+    assert out == fed
+    assert [i if isinstance(i, int) else i.type for i in got] == [i if isinstance(i, int) else i.type for i in expected]
+    assert plain.at_boundary == skimmed.at_boundary
+
+
+def test_skimming_leaves_what_it_can_not_take_alone() -> None:
+    splitter = FrameSplitter(max_length=1000)
+    splitter.modes[ord("Z")] = WHOLE
+    ready = build.ready_for_query(ord("I"))
+    for data in (b"D", b"D\0\0", build.data_row([b"a"]) + b"D\0", ready + build.data_row([b"a"]), ready + ready,
+                 struct.pack(">BI", ord("D"), 3), struct.pack(">BI", ord("D"), 5000)):
+        assert splitter.skim(data, ord("Z")) == -1
+        assert splitter.at_boundary
+    assert splitter.skim(build.data_row([b"a"]) + ready, ord("Z")) == ord("Z")
+    assert splitter.skim(struct.pack(">BI", ord("D"), 104) + b"x" * 40, ord("Z")) == 0
+    assert not splitter.at_boundary
+    assert splitter.skim(b"x" * 60, ord("Z")) == 0
+    assert splitter.at_boundary
+
+
 def test_modes_may_change_between_two_messages_of_one_feed() -> None:
     splitter = FrameSplitter()
     splitter.modes[ord("P")] = WHOLE

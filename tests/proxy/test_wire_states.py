@@ -12,8 +12,10 @@ from proxy.wire import backend, build
 from proxy.wire.frames import FrameParser, ProtocolError
 from proxy.wire.messages import Authentication, Backend, Frontend, TransactionStatus
 from proxy.wire.states import (
+    BATCH,
     STARTUP,
     STARTUP_TABLE,
+    TELLING_PLAIN,
     Conversation,
     Event,
     Phase,
@@ -251,8 +253,24 @@ def batch(rng: random.Random, n: int) -> list[tuple[bytes, str]]:
             return messages
 
 
+def send_alone(conversation: Conversation[str], waiting: list[tuple[bytes, str]]) -> list[bytes]:
+    """The next request, if it is one Query or a batch up to its Sync, told as one; else nothing."""
+    if not conversation.idle or not waiting:
+        return []
+    if waiting[0][0][0] == Frontend.QUERY:
+        conversation.sent_alone(Frontend.QUERY)
+        return [waiting.pop(0)[0]]
+    types = [m[0] for m, _ in waiting]
+    end = types.index(Frontend.SYNC) if Frontend.SYNC in types else len(types)
+    if end == len(types) or not set(types[:end]) <= set(b"PBDECH"):
+        return []
+    conversation.sent_alone(BATCH)
+    return [waiting.pop(0)[0] for _ in range(end + 1)]
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["one by one", "batches as one"])
 @pytest.mark.parametrize("seed", range(20))
-def test_random_conversations(database18: Database, seed: int) -> None:
+def test_random_conversations(database18: Database, seed: int, alone: bool) -> None:
     rng = random.Random(seed)
     messages = [m for n in range(100, 140) for m in batch(rng, n)]
     messages += [(build.sync(), "sync"), (build.query("ROLLBACK"), "rollback"), (build.query("SELECT 'the end'"), "end")]
@@ -262,11 +280,15 @@ def test_random_conversations(database18: Database, seed: int) -> None:
         s.sendall(build.startup({"user": database18.owner, "database": database18.name}))
         s.sendall(build.query("CREATE TEMP TABLE t (a int)"))
         conversation.sent(Frontend.QUERY, "create")
-        waiting, ended = list(messages), False
+        waiting, ended, told_errors = list(messages), False, 0
         while not ended:
             assert waiting or not conversation.idle
+            if alone and (batch_ := send_alone(conversation, waiting)):
+                assert conversation.plain
+                s.sendall(b"".join(batch_))
             # Some messages at once, some one by one: replies arrive in between or after everything.
-            for message, tag in [waiting.pop(0) for _ in range(min(len(waiting), rng.choice([1, 1, 2, 4, 40])))]:
+            for message, tag in [waiting.pop(0) for _ in range(min(len(waiting), rng.choice([1, 1, 2, 4, 40]))) if not (
+                    alone and conversation.plain and rng.random() < 0.8)]:
                 s.sendall(message)
                 conversation.sent(message[0], tag)
             if waiting and rng.random() < 0.3:
@@ -285,7 +307,14 @@ def test_random_conversations(database18: Database, seed: int) -> None:
                     if number is not None:
                         current = conversation.current
                         assert current is not None
-                        assert number[1] in (current.tag or ""), (fields["M"], current)
+                        assert number[1] in (current.tag or "") or (alone and current.tag is None), (fields["M"], current)
+                        told_errors += current.tag is not None
+                if conversation.plain and frame.type not in TELLING_PLAIN:
+                    continue
+                if conversation.plain and frame.type == Backend.READY_FOR_QUERY:
+                    conversation.finished()
+                    ended = not waiting
+                    continue
                 done = conversation.received(frame.type)
                 ended = done is not None and done.tag == "end"
         assert conversation.idle
