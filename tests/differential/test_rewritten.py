@@ -18,6 +18,7 @@ from tests.differential.runner import hold
 
 #: name -> (through the proxy, directly)
 CASES = {
+    "the name of a column": ("SELECT 'a' ~> 'b', ('c' ~> 'd'), df.seq('e', 'f')", "SELECT df.seq('a', 'b') AS \"?column?\", df.seq('c', 'd') AS \"?column?\", df.seq('e', 'f')"),
     "result": ("SELECT 'a' ~> 'b' AS x", "SELECT df.seq('a', 'b') AS x"),
     "all operators": (
         "SELECT ('a' |=> 'x') ~> ('b' & 'c') ~> ('d' | 'e') ~> ('f' ?> 'g' !> 'h') ~> @> ('i') AS x",
@@ -34,11 +35,11 @@ CASES = {
     "error in a first statement": ("SELECT ^^nosuch; SELECT 'a' ~> 'b'", "SELECT nosuch; SELECT df.seq('a', 'b')"),
     "syntax error": ("SELECT 'a' ~> 'b' FROM ^^WHERE", "SELECT df.seq('a', 'b') FROM WHERE"),
     "syntax error at the end": ("SELECT 'a' ~> 'b' FROM (^^", "SELECT df.seq('a', 'b') FROM ("),
-    "error at run time": ("SELECT 'a' ~> 'b', 1 / 0", "SELECT df.seq('a', 'b'), 1 / 0"),
+    "error at run time": ("SELECT 'a' ~> 'b', 1 / 0", "SELECT df.seq('a', 'b') AS \"?column?\", 1 / 0"),
     "error of a value": ("SELECT 'a' ~> 'b', ^^'x'::int", "SELECT df.seq('a', 'b'), 'x'::int"),
-    "error of a function": ("SELECT 'a' ~> 'b', complain('error', 'e')", "SELECT df.seq('a', 'b'), complain('error', 'e')"),
+    "error of a function": ("SELECT 'a' ~> 'b', complain('error', 'e')", "SELECT df.seq('a', 'b') AS \"?column?\", complain('error', 'e')"),
     "notice": ("SELECT 'a' ~> 'b' AS x, complain('notice', 'n')", "SELECT df.seq('a', 'b') AS x, complain('notice', 'n')"),
-    "error of a builder": ("SELECT 'a' ~> ''", "SELECT df.seq('a', '')"),
+    "error of a builder": ("SELECT 'a' ~> ''", "SELECT df.seq('a', '') AS \"?column?\""),
     "error in a DO block": (
         "DO $$\nDECLARE f text;\nBEGIN\n  f := 'a' ~>\n    'b'\n    ~> 'c';\n  PERFORM 1/0;\nEND $$",
         "DO $$\nDECLARE f text;\nBEGIN\n  f := df.seq(df.seq('a',\n    'b'),\n     'c');\n  PERFORM 1/0;\nEND $$",
@@ -154,6 +155,6 @@ def test_cancel_reaches_a_rewritten_statement(stage: Stage) -> None:
     def talking(text: str) -> Conversation:
         return talk("c", "BEGIN", send(text, until=""), Sleeping("A", "PgSleep"), Cancel("A"), send(until="Z"), "ROLLBACK")
 
-    direct = hold(stage.scene, talking("SELECT df.seq('a', 'b'), pg_sleep(60)"))
+    direct = hold(stage.scene, talking("SELECT df.seq('a', 'b') AS \"?column?\", pg_sleep(60)"))
     proxied = hold(stage.scene, talking("SELECT 'a' ~> 'b', pg_sleep(60)"), address=stage.proxied)
     assert not differences(direct, proxied)
