@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dsl import checks, reading
+from dsl import checks, reading, steptext
 from dsl.checks import CompileError, CompileFault
 from dsl.dialect import DISTINCTIVE, LOOP, PARAM, STRING, Literal, Tokens, lex, literal
 from dsl.flow import Flow
@@ -32,6 +32,7 @@ from dsl.scanner import (
 )
 from dsl.sourcemap import CLOSE, OPEN, REPLACE, Edit, SourceMap, apply
 from dsl.substitute import references
+from dsl.surface import FUNCTIONS
 
 __all__ = ["CompileError", "CompileWarning", "Compiled", "compile_sql", "mentions_dsl"]
 
@@ -151,7 +152,21 @@ _BREAK_OUTSIDE = (
 )
 #: What is expected where an expression stands: nothing in particular; text, maybe a future's; a future.
 _ANY, _TEXT, _FUTURE = range(3)
+#: What may stand beside a step's literal; None is the end of the expression.
+_AROUND_STEPS = frozenset({"~>", "|=>", "&", "|", "?>", "!>", None})
+#: So many steps are doubted in one statement.
+MAX_DOUBTS = 3
 _LANGUAGES = {"sql": False, "plpgsql": True}
+
+
+def _steps_of(call: Call) -> list[Chain]:
+    """The arguments of a call that are futures."""
+    bound = checks.bind(call.name, [(a.name, a.variadic) for a in call.arguments]) if call.checked else None
+    if not isinstance(bound, dict):
+        return []
+    futures = {name for function in FUNCTIONS[call.name] for name in function.futures} | {"query"}
+    return [a.chain for i, a in enumerate(call.arguments)
+            if bound[i] in futures and a.chain is not None and not a.variadic]
 
 
 def _partial_within(operand: Operand) -> tuple[Chain, list[Operand]] | None:
@@ -507,6 +522,7 @@ class _Fragment:
 
     def _check_start(self, argument: Argument) -> None:
         """What can be said of a workflow that is known as a whole."""
+        self._check_steps(argument)
         flow = argument.chain.flow if argument.chain is not None else None
         if flow is None or not flow.known or argument.chain is None:
             return
@@ -516,6 +532,45 @@ class _Fragment:
         for name, token in sorted(flow.free.items(), key=lambda item: item[1]):
             warning = reading.undefined_name(name, self._at(token))
             self._wrap(warning, operands[0].first, operands[-1].last)
+
+    def _check_steps(self, argument: Argument) -> None:
+        """Warn of constant steps that can't be SQL. Only of a few: one slip may show in every step."""
+        if argument.chain is None:
+            return
+        operands = argument.chain.operands
+        found = 0
+        for token in self._step_literals(argument.chain):
+            value = self._literal(token)
+            if value is None or value.value.lstrip().startswith("{") or _mentions(value.value):
+                continue
+            fault = steptext.fault(value.value)
+            if fault is not None:
+                step = reading.excerpt(value.value)
+                self._wrap(reading.doubtful_step(step, fault, self._at(token)), operands[0].first, operands[-1].last)
+                found += 1
+                if found == MAX_DOUBTS:
+                    return
+
+    def _step_literals(self, whole: Chain) -> list[int]:
+        """The literals that are steps, by their tokens, in order; not those that `||` extends."""
+        found: list[int] = []
+        todo = [whole]
+        while todo:
+            chain = todo.pop()
+            if any(chain.nontext(index) for index in range(len(chain.ops))):
+                continue
+            symbols = [None, *(symbol for _, _, symbol in chain.ops), None]
+            for operand, before, after in zip(chain.operands, symbols[:-1], symbols[1:], strict=True):
+                others = any(not loop for _, loop in operand.prefixes)
+                if before == "|=>" or others or not {before, after} <= _AROUND_STEPS:
+                    continue
+                if operand.shape == LITERAL:
+                    found.append(operand.first)
+                elif operand.shape == GROUP and len(operand.inner) == 1:
+                    todo.append(operand.inner[0])
+                elif operand.shape == CALL and operand.call is not None:
+                    todo += _steps_of(operand.call)
+        return sorted(found)
 
     def _single(self, argument: Argument) -> Operand | None:
         """The operand that the argument is, if it is one."""

@@ -122,6 +122,15 @@ def concatenation(left: str, before: str, operand: str, right: str, position: in
     )
 
 
+def doubtful_step(step: str, fault: str, position: int) -> CompileWarning:
+    """Text of a step that PostgreSQL will hardly accept."""
+    return CompileWarning(
+        f'step "{step}" does not look like a SQL statement: {fault}',
+        "It is sent to PostgreSQL as it is when the step runs.",
+        position,
+    )
+
+
 def undefined_name(name: str, position: int) -> CompileWarning:
     """A reference to a result that no earlier step has."""
     return CompileWarning(
