@@ -164,6 +164,8 @@ END $$;
 CREATE TRIGGER on_delete AFTER DELETE ON duroxide.instances
     REFERENCING OLD TABLE AS gone FOR EACH STATEMENT EXECUTE FUNCTION duroxide.on_delete();
 
+-- What row security lets a role see, newest first: a role with few workflows must not pay for those of others.
+CREATE INDEX idx_instances_submitted_by ON duroxide.instances (submitted_by, created_at DESC, id);
 -- For df.prune and for retention.
 CREATE INDEX idx_instances_ended_at ON duroxide.instances (ended_at) WHERE ended_at IS NOT NULL;
 
