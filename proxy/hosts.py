@@ -17,13 +17,12 @@ from typing import Final
 import structlog
 
 from proxy.relay import Leg
-from proxy.tls import UpstreamTls
+from proxy.tls import UpstreamTls, channel_binding
 from proxy.upstream import Address, DialError, Login, SessionAttributes, Upstream
 from proxy.wire import backend, build
 from proxy.wire.auth import AuthenticationError, ClientAuth
 from proxy.wire.frames import Frame, FrameParser, ProtocolError
 from proxy.wire.messages import MAX_AUTH_MESSAGE, Authentication, Backend
-from proxy.wire.tls import server_end_point
 
 log = structlog.get_logger("dfproxy.hosts")
 
@@ -252,7 +251,7 @@ async def _look(leg: Leg, login: Login) -> tuple[bool, bool]:
     """Logs in, and returns whether the server is a standby and whether its transactions are read-only by default."""
     reader = _Reader(leg)
     certificate = leg.tls.peer_certificate if leg.tls is not None else None
-    auth = ClientAuth(login.user, login.password, server_end_point(certificate) if certificate is not None else None)
+    auth = ClientAuth(login.user, login.password, channel_binding(certificate))
     parameters: dict[str, str] = {}
     try:
         leg.write([build.startup(
