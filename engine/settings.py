@@ -52,6 +52,11 @@ class EngineSettings:
     loop_history_rounds: int = 10
     max_crashes: int = 10
 
+    # What has ended
+    retention_days: float = 30
+    retention_max_instances: int | None = None  #: how many are kept at most; None: any number
+    reconcile_interval: float = 3600.0  #: between two passes of retention; 0: never
+
     # HTTP steps
     http: HttpPolicy = field(default_factory=HttpPolicy)
 

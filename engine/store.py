@@ -148,6 +148,10 @@ UPDATE duroxide.queue SET token = gen_random_uuid() FROM (SELECT {_SOON}) AS soo
 RETURNING token::text
 """
 
+RETAIN = f"""
+SELECT s.*, r.removed, r.reached FROM (SELECT {_SOON}) AS s, LATERAL duroxide.retain($1, $2::int4, $3, $4::int4) r
+"""
+
 
 #: json.dumps would make a new encoder at every call.
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -443,6 +447,16 @@ class Store:
         """Gives an instance back after an internal error, with a pause that grows."""
         async with self._connection() as c:
             await c.execute(GIVE_BACK, instance_id, token)
+
+    async def retain(self, before: datetime, keep: int | None, after: datetime,
+                     limit: int) -> tuple[int | None, datetime | None]:
+        """Removes a batch of what ended before `before`, or is not among the last `keep`; how many (None: another
+        worker is at it), and where the next batch begins (see 0009).
+        """
+        async with self._connection() as c:
+            row = await c.fetchrow(RETAIN, before, keep, after, limit)
+        assert row is not None
+        return row[1], row[2]
 
     async def made_progress(self, instance_id: str, token: str) -> None:
         """Forgets earlier crashes: the instance got further this time."""

@@ -17,6 +17,7 @@ from engine.http.client import HttpClient
 from engine.http.runner import HttpRunner
 from engine.identity import Identities
 from engine.instance import HeldInstance, Surroundings
+from engine.retention import keep
 from engine.runner import AWAY, Runner, back_off
 from engine.settings import EngineSettings
 from engine.store import Claim, LoadedInstance, Store, is_infrastructure
@@ -133,10 +134,12 @@ class Worker:
             try:
                 async with asyncio.TaskGroup() as group:
                     beat = group.create_task(self._heartbeats(store, runner))
+                    retention = group.create_task(keep(self.settings, store))
                     await self._polls(shared, group)
                     for task in self._instances.values():
                         task.cancel()
                     beat.cancel()
+                    retention.cancel()
             finally:
                 runner.pool.close_idle(-1)
                 await client.aclose()

@@ -157,6 +157,11 @@ class Settings(BaseModel):
     max_result_rows: int = Field(100_000, ge=1, description="most rows in a step's result")
     loop_history_rounds: int = Field(10, ge=0, le=100_000, description="finished loop rounds whose history is kept")
     max_crashes: int = Field(10, ge=1, le=1000, description="lost workers after which a workflow is given up")
+    retention_days: int = Field(30, ge=0, le=36500, description="how long workflows are kept that have ended")
+    retention_max_instances: int = Field(
+        0, ge=0, le=1_000_000_000, description="how many of those at most, the newest; 0: any number")
+    reconcile_interval: float = Field(
+        3600.0, ge=0, le=86400, description="between two looks for what is to be removed; 0: nothing ever is")
     list_instances_max_limit: int = Field(1000, ge=1, le=1_000_000, description="most rows of df.list_instances")
 
     # HTTP steps

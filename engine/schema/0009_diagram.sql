@@ -198,3 +198,40 @@ BEGIN
     GET DIAGNOSTICS v_count = ROW_COUNT;
     RETURN v_count;
 END $$;
+
+-- One batch of retention: removes up to p_limit of the instances that ended before p_before, or are not among the p_keep
+-- (null: any number) that ended last, the oldest first, from p_after on; returns how many, and where the next batch has to
+-- begin: what was removed before it need not be passed by again, however long its remains stay in the index. Null for both where
+-- another worker is at it. An instance that a worker still has to let go of (it was cancelled a moment ago) stays.
+CREATE FUNCTION duroxide.retain(p_before timestamptz, p_keep integer, p_after timestamptz, p_limit integer,
+                                OUT removed integer, OUT reached timestamptz)
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_sort = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
+DECLARE
+    v_before timestamptz := p_before;
+BEGIN
+    IF NOT pg_try_advisory_xact_lock('duroxide.instances'::regclass::oid::integer, 1) THEN
+        RETURN;
+    END IF;
+    IF p_keep IS NOT NULL THEN
+        v_before := greatest(v_before, (SELECT i.ended_at FROM duroxide.instances i WHERE i.ended_at IS NOT NULL
+                                         ORDER BY i.ended_at DESC OFFSET p_keep - 1 LIMIT 1));
+    END IF;
+    WITH old AS (
+        SELECT i.id, i.ended_at FROM duroxide.instances i
+         WHERE i.ended_at < v_before AND i.ended_at >= p_after
+           AND NOT EXISTS (SELECT FROM duroxide.queue q WHERE q.instance_id = i.id)
+         ORDER BY i.ended_at LIMIT p_limit FOR UPDATE OF i SKIP LOCKED
+    ), gone AS (
+        DELETE FROM duroxide.instances i USING old o WHERE i.id = o.id RETURNING i.ended_at
+    )
+    SELECT count(*), max(g.ended_at) INTO removed, reached FROM gone g;
+    -- A signal that was on its way when its instance ended: nobody will ever take it.
+    DELETE FROM duroxide.signals s
+     WHERE s.seq IN (SELECT n.seq FROM duroxide.signals n
+                      WHERE NOT n.seen AND NOT EXISTS (SELECT FROM duroxide.queue q WHERE q.instance_id = n.instance_id)
+                      LIMIT p_limit FOR UPDATE SKIP LOCKED);
+END $$;
+REVOKE ALL ON FUNCTION duroxide.retain(timestamptz, integer, timestamptz, integer) FROM PUBLIC;
