@@ -8,19 +8,26 @@ after one that failed: a step never runs outside the transaction that its BEGIN 
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import ssl
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import cast
-from urllib.parse import parse_qs, unquote, urlsplit
 
+from engine.target import Target
 from proxy.wire import backend, build
 from proxy.wire.auth import AuthenticationError, ClientAuth
 from proxy.wire.backend import ColumnDescription
 from proxy.wire.frames import PASS, WHOLE, Frame, FrameSplitter, ProtocolError
-from proxy.wire.messages import Backend, TransactionStatus
+from proxy.wire.messages import ANSWER_NO, ANSWER_SSL, Backend, TransactionStatus
+from proxy.wire.tls import ALPN, server_end_point
+from proxy.wire.tls_options import SslMode, TlsConfigError
+
+__all__ = [
+    "ConnectionLostError", "ResultTooLargeError", "ServerError", "StepConnection", "StepRefusedError", "StepResult",
+    "Target",
+]
 
 
 class ServerError(Exception):
@@ -52,6 +59,10 @@ class ConnectionLostError(Exception):
         self.error = error
 
 
+class _TlsError(ConnectionLostError):
+    """No TLS with this host; without it there may be a connection."""
+
+
 class ResultTooLargeError(Exception):
     """A result exceeds a limit; the message names the limit. The connection must be closed."""
 
@@ -62,65 +73,6 @@ class StepRefusedError(Exception):
     def __init__(self, message: str, sqlstate: str) -> None:
         super().__init__(message)
         self.sqlstate = sqlstate
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where and as whom to connect. A host that starts with `/` is the folder of a Unix-domain socket.
-
-    `primary`: only a server that accepts writes will do. `sslmode` has libpq's values.
-    """
-
-    hosts: tuple[tuple[str, int], ...]
-    user: str
-    database: str
-    password: str | None = field(default=None, repr=False)
-    primary: bool = False
-    sslmode: str = "prefer"
-    sslrootcert: str | None = None
-
-    @classmethod
-    def from_dsn(cls, dsn: str) -> Target:
-        """Reads a libpq URI. Raises ValueError where it is none."""
-        parts = urlsplit(dsn)
-        if parts.scheme not in ("postgresql", "postgres"):
-            raise ValueError("the upstream is not a URI that starts with postgresql://")
-        query = {k: v[-1] for k, v in parse_qs(parts.query, keep_blank_values=True).items()}
-        credentials, at, addresses = parts.netloc.rpartition("@")
-        user, _, password = credentials.partition(":") if at else ("", "", "")
-        names: list[str] = []
-        ports: list[str] = []
-        for address in addresses.split(","):
-            name, port = address, ""
-            if not address.endswith("]") and ":" in address:
-                name, _, port = address.rpartition(":")
-            names.append(unquote(name).strip("[]"))
-            ports.append(port)
-        if "host" in query:
-            names = query["host"].split(",")
-            ports = [""] * len(names)
-        if "port" in query:
-            given = query["port"].split(",")
-            ports = given * len(names) if len(given) == 1 else given
-        if len(names) != len(ports):
-            raise ValueError("the upstream names a different number of hosts and ports")
-        fallback = os.environ.get("PGPORT", "5432")
-        who = unquote(user) or query.get("user") or os.environ.get("PGUSER") or "postgres"
-        attributes = query.get("target_session_attrs", "any")
-        return cls(
-            hosts=tuple((n or os.environ.get("PGHOST", "localhost"), int(p or fallback))
-                        for n, p in zip(names, ports, strict=True)),
-            user=who,
-            password=unquote(password) or query.get("password") or os.environ.get("PGPASSWORD"),
-            database=unquote(parts.path.lstrip("/")) or query.get("dbname") or os.environ.get("PGDATABASE") or who,
-            primary=len(names) > 1 or attributes in ("read-write", "primary"),
-            sslmode=query.get("sslmode") or os.environ.get("PGSSLMODE", "prefer"),
-            sslrootcert=query.get("sslrootcert") or os.environ.get("PGSSLROOTCERT"),
-        )
-
-    def to(self, *, user: str, password: str | None, database: str | None) -> Target:
-        """The same servers for another role, and maybe another database."""
-        return replace(self, user=user, password=password, database=database or self.database)
 
 
 @dataclass(slots=True)
@@ -223,6 +175,7 @@ class StepConnection(asyncio.Protocol):
         self._auth = ClientAuth(target.user, target.password)
         self._started: asyncio.Future[None] = self._loop.create_future()
         self._tls_answer: asyncio.Future[bytes] | None = None
+        self._secured = False
         self._pid = 0
         self._key = b""
         self._last_words: ServerError | None = None
@@ -241,31 +194,41 @@ class StepConnection(asyncio.Protocol):
         fault: Exception = ConnectionLostError("no host given")
         async with asyncio.timeout(timeout):
             for address in target.hosts:
-                connection = cls(target, max_rows=max_rows, max_bytes=max_bytes)
-                try:
-                    await connection._dial(address, parameters)
-                except (OSError, ConnectionLostError, ServerError) as e:
-                    connection.abort()
-                    fault = e if not isinstance(e, OSError) else ConnectionLostError(str(e))
-                    continue
-                except BaseException:
-                    connection.abort()
-                    raise
-                if target.primary and connection.parameters.get("in_hot_standby") == "on":
+                tls = target.wants_tls(address[0])
+                while True:
+                    connection = cls(target, max_rows=max_rows, max_bytes=max_bytes)
+                    try:
+                        await connection._dial(address, parameters, tls=tls)
+                    except _TlsError as e:
+                        connection.abort()
+                        fault = e
+                        if target.tls.mode is SslMode.PREFER:
+                            tls = False
+                            continue
+                        break
+                    except (OSError, ConnectionLostError, ServerError) as e:
+                        connection.abort()
+                        fault = e if not isinstance(e, OSError) else ConnectionLostError(str(e))
+                        break
+                    except BaseException:
+                        connection.abort()
+                        raise
+                    if connection.parameters.get("in_hot_standby") != "on":
+                        return connection
+                    # Workflows write: whatever the DSN says, a standby won't do.
                     connection.abort()
                     fault = ConnectionLostError(f"{address[0]}:{address[1]} is a standby")
-                    continue
-                return connection
+                    break
         raise fault
 
-    async def _dial(self, address: tuple[str, int], parameters: Mapping[str, str]) -> None:
+    async def _dial(self, address: tuple[str, int], parameters: Mapping[str, str], *, tls: bool) -> None:
         host, port = self.address = address
         loop = self._loop
         if host.startswith("/"):
             await loop.create_unix_connection(lambda: self, f"{host}/.s.PGSQL.{port}")
         else:
             await loop.create_connection(lambda: self, host, port)
-            if self.target.sslmode in ("prefer", "require", "verify-ca", "verify-full"):
+            if tls:
                 await self._start_tls(host)
         assert self._transport is not None
         self._transport.write(build.startup(
@@ -273,24 +236,37 @@ class StepConnection(asyncio.Protocol):
         await self._started
 
     async def _start_tls(self, host: str) -> None:
+        """Raises _TlsError, or returns without TLS where the server has none and none is needed."""
         assert self._transport is not None
-        self._tls_answer = self._loop.create_future()
-        self._transport.write(build.ssl_request())
-        answer = await self._tls_answer
-        self._tls_answer = None
-        mode = self.target.sslmode
-        if answer == b"N" and mode == "prefer":
-            return
-        if answer != b"S":
-            raise ConnectionLostError(f"the server does not offer TLS, which sslmode={mode} asks for")
-        context = ssl.create_default_context(cafile=self.target.sslrootcert)
-        context.check_hostname = mode == "verify-full"
-        if mode in ("prefer", "require") and self.target.sslrootcert is None:
-            context.verify_mode = ssl.CERT_NONE
-        transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
+        tls = self.target.tls
+        try:
+            context = self.target.context()
+        except TlsConfigError as e:
+            raise ConnectionLostError(str(e)) from e
+        if tls.negotiation == "postgres":
+            self._tls_answer = self._loop.create_future()
+            self._transport.write(build.ssl_request())
+            answer = await self._tls_answer
+            self._tls_answer = None
+            if answer == ANSWER_NO and tls.mode is SslMode.PREFER:
+                return
+            if answer != ANSWER_SSL:
+                raise _TlsError(f"the server does not offer TLS, which sslmode={tls.mode.value} asks for")
+        try:
+            transport = await self._loop.start_tls(self._transport, self, context, server_hostname=host)
+        except ssl.SSLCertVerificationError as e:
+            raise _TlsError(f"the server's certificate is not accepted: {e.verify_message}") from e
+        except OSError as e:  # ssl.SSLError is one
+            raise _TlsError(f"TLS: {e}") from e
         if transport is None:
-            raise ConnectionLostError("the server closed the connection during the TLS handshake")
+            raise _TlsError("the server closed the connection during the TLS handshake")
         self._transport = transport
+        secured = transport.get_extra_info("ssl_object")
+        if tls.negotiation == "direct" and secured.selected_alpn_protocol() != ALPN:
+            raise _TlsError("the server did not agree on PostgreSQL's protocol (ALPN)")
+        with contextlib.suppress(ValueError):  # a certificate that OpenSSL can read, and we can't: nothing to bind to
+            self._auth.channel_binding = server_end_point(secured.getpeercert(binary_form=True))
+        self._secured = True
 
     # -- a step ------------------------------------------------------------------------------------------------
 
@@ -396,12 +372,22 @@ class StepConnection(asyncio.Protocol):
         else:
             reader, writer = await asyncio.open_connection(host, port)
         try:
+            if self._secured:
+                await self._secure_cancel(reader, writer, host)
             writer.write(build.cancel_request(self._pid, self._key))
             await writer.drain()
             # The server closes once it has passed the signal on.
             await reader.read(1)
         finally:
             writer.close()
+
+    async def _secure_cancel(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, host: str) -> None:
+        """TLS for a cancel request, as the session itself has it. Raises OSError where that can't be had."""
+        if self.target.tls.negotiation == "postgres":
+            writer.write(build.ssl_request())
+            if await reader.read(1) != ANSWER_SSL:
+                raise ConnectionRefusedError("no TLS for a cancel request")
+        await writer.start_tls(self.target.context(), server_hostname=host)
 
     def close(self) -> None:
         """Terminates the session politely."""

@@ -15,6 +15,8 @@ from typing import Any
 import asyncpg
 import structlog
 
+from proxy.wire.tls_options import for_asyncpg
+
 __all__ = ["MigrationError", "MigrationResult", "UnfinishedWorkflowsError", "migrate", "schema_version", "uninstall"]
 
 #: Serialises installers, upgraders and uninstallers of one database. An arbitrary number of our own.
@@ -127,7 +129,7 @@ async def migrate(dsn: str) -> MigrationResult:
     `df` or `duroxide` that are not ours or belong to another role, an installation by a newer release, or from other
     files. asyncpg's errors pass through where the server can't be reached.
     """
-    conn = await asyncpg.connect(dsn, statement_cache_size=0)
+    conn = await _connect(dsn)
     try:
         await _check_server(conn)
         unicode = await conn.fetchval("SELECT current_setting('server_encoding') = 'UTF8'")
@@ -165,7 +167,7 @@ async def uninstall(dsn: str, *, force: bool = False) -> None:
     MigrationError where objects in other schemas depend on ours, both unless `force`; MigrationError also where the
     schemas belong to somebody else. Executor logins that can't be dropped are logged.
     """
-    conn = await asyncpg.connect(dsn, statement_cache_size=0)
+    conn = await _connect(dsn)
     try:
         async with conn.transaction():
             await _prepare(conn)
@@ -185,6 +187,12 @@ async def uninstall(dsn: str, *, force: bool = False) -> None:
                 log.warning("executor login left in place", role=row["rolname"], reason=str(e))
     finally:
         await conn.close()
+
+
+async def _connect(dsn: str) -> asyncpg.Connection[Any]:
+    uri, tls = for_asyncpg(dsn)
+    connection: asyncpg.Connection[Any] = await asyncpg.connect(uri, **tls, statement_cache_size=0)
+    return connection
 
 
 async def _check_server(conn: asyncpg.Connection[Any]) -> None:

@@ -23,6 +23,7 @@ from dsl.values import TYPES_SQL, Column, TypeCatalog
 from engine.model import Changes, Checkpoint, Key, Signal, StepError
 from engine.processes import Life, is_dead
 from engine.settings import EngineSettings
+from proxy.wire.tls_options import TlsConfigError, for_asyncpg
 
 log = structlog.get_logger("dfproxy.engine")
 
@@ -44,7 +45,9 @@ def is_infrastructure(error: BaseException) -> bool:
         state = error.sqlstate or ""
         return state.startswith(_INFRASTRUCTURE_CLASSES) or state in _INFRASTRUCTURE_STATES
     # InterfaceError: asyncpg's word for a connection or pool that is closed or busy being closed.
-    return isinstance(error, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.InternalClientError)
+    # TlsConfigError: a file that is being replaced.
+    return isinstance(
+        error, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.InternalClientError | TlsConfigError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,8 +281,10 @@ class Store:
     # -- life --------------------------------------------------------------------------------------------------
 
     def _options(self) -> dict[str, Any]:
+        # Read anew each time: certificates are renewed while a worker runs.
+        dsn, tls = for_asyncpg(self.settings.dsn)
         return {
-            "dsn": self.settings.dsn, "timeout": self.settings.connect_timeout,
+            "dsn": dsn, **tls, "timeout": self.settings.connect_timeout,
             "statement_cache_size": self._cache_size, "max_cached_statement_lifetime": 0,
             "server_settings": {"application_name": "dfproxy:control"},
         }

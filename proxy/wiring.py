@@ -20,6 +20,7 @@ from proxy.server import ProxyConfig
 from proxy.settings import Settings, SettingsError
 from proxy.tls import ServerTls, ServerTlsFiles, UpstreamTls
 from proxy.upstream import Upstream
+from proxy.wire.tls_options import for_asyncpg
 
 log = structlog.get_logger("dfproxy")
 
@@ -119,8 +120,9 @@ def http_policy(settings: Settings) -> HttpPolicy:
 
 async def connect(uri: str, *, user: str | None = None, password: str | None = None) -> asyncpg.Connection:
     """A session for a look or a small change. Raises what asyncpg raises."""
+    uri, tls = for_asyncpg(uri)
     return await asyncpg.connect(
-        uri, user=user, password=password, timeout=15, statement_cache_size=0,
+        uri, **tls, user=user, password=password, timeout=15, statement_cache_size=0,
         server_settings={"application_name": "dfproxy:admin"})
 
 

@@ -24,6 +24,7 @@ from engine.connection import (
 )
 from proxy.embedded import SYSTEM_USER
 from proxy.wire.auth import AuthenticationError
+from proxy.wire.tls_options import SslMode
 from tests.engine.helpers import until
 from tests.fix_postgres import DEBIAN_15, Database, running_cluster, versions
 
@@ -41,11 +42,10 @@ async def session(dsn: str, **limits: int) -> AsyncIterator[StepConnection]:
 def test_dsn() -> None:
     target = Target.from_dsn("postgresql://me:p%40ss@a:1,[::1]:2,c/db?target_session_attrs=read-write&sslmode=require")
     assert target.hosts == (("a", 1), ("::1", 2), ("c", 5432))
-    assert (target.user, target.password, target.database, target.sslmode) == ("me", "p@ss", "db", "require")
-    assert target.primary
+    assert (target.user, target.password, target.database, target.tls.mode) == ("me", "p@ss", "db", SslMode.REQUIRE)
     assert "p@ss" not in repr(target)
     socket = Target.from_dsn("postgresql://me@/db?host=/tmp/x&port=99")
-    assert (socket.hosts, socket.primary) == ((("/tmp/x", 99),), False)
+    assert (socket.hosts, socket.wants_tls("/tmp/x"), socket.wants_tls("x")) == ((("/tmp/x", 99),), False, True)
     assert Target.from_dsn("postgres://me@h").database == "me"
     with pytest.raises(ValueError, match="postgresql://"):
         Target.from_dsn("host=h dbname=d")
@@ -198,8 +198,9 @@ async def test_a_standby_is_passed_over() -> None:
         both = f"postgresql://postgres@127.0.0.1:{port},127.0.0.1:{primary.port}/postgres"
         async with session(both) as s:
             assert s.address == ("127.0.0.1", primary.port)
-        async with session(f"postgresql://postgres@127.0.0.1:{port}/postgres") as s:
-            assert s.parameters["in_hot_standby"] == "on"
+        with pytest.raises(ConnectionLostError, match="is a standby"):
+            async with session(f"postgresql://postgres@127.0.0.1:{port}/postgres"):
+                pass
 
 
 @pytest.fixture
@@ -241,5 +242,5 @@ async def test_tls_and_scram(certificate: Path) -> None:
                 pass
         assert caught.value.sqlstate == "28P01"
         with pytest.raises(ConnectionLostError, match=r"(?i)certificate"):
-            async with session(f"postgresql://pam:sesame@{base}?sslmode=verify-full"):
+            async with session(f"postgresql://pam:sesame@{base}?sslrootcert=system"):
                 pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import os
@@ -24,6 +25,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from psycopg import sql
 
+from engine.connection import ConnectionLostError, ServerError, StepConnection
+from engine.target import Target
 from proxy.embedded import Cluster
 from proxy.relay import Leg
 from proxy.tls import ServerTlsFiles
@@ -798,6 +801,59 @@ async def test_asyncpg_with_direct_tls_and_the_systems_authorities(
         c = await asyncpg.connect(uri, **arguments)
         assert await c.fetchval("SELECT 1") == 1
         await c.close()
+
+
+async def cancel_a_step(s: StepConnection, watcher: str) -> None:
+    """Runs a long statement, cancels it, and closes the session."""
+    [[pid]] = await s.fetch("SELECT pg_backend_pid()", [])
+    running = asyncio.create_task(s.begin_and_run(None, "SELECT pg_sleep(1000)"))
+    c = await asyncpg.connect(watcher)
+    while not await c.fetchval("SELECT wait_event = 'PgSleep' FROM pg_stat_activity WHERE pid = $1", int(pid or b"")):
+        await asyncio.sleep(0.01)
+    await c.close()
+    await s.cancel(20)
+    with pytest.raises(ServerError, match="canceling statement"):
+        await running
+    s.abort()
+
+
+@needs_tls_server
+@pytest.mark.parametrize("mode", ["disable", "prefer", "require", "verify-ca", "verify-full"])
+async def test_steps_go_where_the_proxy_goes(tls_cluster: Cluster, authority: Authority, mode: str) -> None:
+    """With a bound login where there is TLS, and cancel requests protected like the session."""
+    target = Target.from_dsn(f"postgresql://scram:{quote(PASSWORD)}@localhost:{tls_cluster.port}/postgres?sslmode={mode}"
+                             f"&sslrootcert={authority.file}")
+    s = await StepConnection.connect(target, {}, timeout=20)
+    assert await s.fetch("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()", []) == [[b"f" if mode == "disable" else b"t"]]
+    await cancel_a_step(s, tls_cluster.dsn())
+
+
+@needs_tls_server
+async def test_steps_with_a_certificate_or_without_trust(tls_cluster: Cluster, authority: Authority, tmp_path: Path) -> None:
+    pair = authority.issue("certified", client=True)
+    base = f"@localhost:{tls_cluster.port}/postgres?sslrootcert={authority.file}"
+    mine = f"&sslcert={pair.cert}&sslkey={pair.key}"
+    s = await StepConnection.connect(Target.from_dsn(f"postgresql://certified{base}{mine}&sslmode=verify-full"), {}, timeout=20)
+    s.close()
+    with pytest.raises(ServerError, match="client certificate"):
+        await StepConnection.connect(Target.from_dsn(f"postgresql://certified{base}"), {}, timeout=20)
+    other = Authority(tmp_path, "another authority")
+    base = f"postgresql://trust@localhost:{tls_cluster.port}/postgres?sslrootcert={other.file}"
+    with pytest.raises(ConnectionLostError, match="certificate is not accepted"):
+        await StepConnection.connect(Target.from_dsn(base + "&sslmode=verify-ca"), {}, timeout=20)
+    # `prefer` goes on without, as libpq does.
+    s = await StepConnection.connect(Target.from_dsn(base), {}, timeout=20)
+    assert await s.fetch("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()", []) == [[b"f"]]
+    s.close()
+
+
+async def test_steps_with_direct_tls(database18: Database, files: ServerTlsFiles, authority: Authority) -> None:
+    with running_proxy(database18.dsn(), tls=files, tls_required=True) as proxy:
+        s = await StepConnection.connect(Target.from_dsn(
+            f"postgresql://{database18.owner}@localhost:{proxy.port}/{database18.name}?sslnegotiation=direct"
+            f"&sslmode=verify-full&sslrootcert={authority.file}"), {}, timeout=20)
+        assert await s.fetch("SELECT 1", []) == [[b"1"]]
+        await cancel_a_step(s, database18.superuser_dsn)
 
 
 @needs_tls_server
