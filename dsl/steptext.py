@@ -96,6 +96,8 @@ def _fault(shape: str) -> str | None:
 def _is_plain(tokens: Tokens) -> bool:
     """Whether there is nothing in the statement that sqlglot might not know."""
     words, kinds = tokens.words, tokens.kinds
+    if "conflict" in words and ("cross" in words or "natural" in words):
+        return False  # it takes the ON of ON CONFLICT for that of the join
     for index, (word, kind) in enumerate(zip(words, kinds, strict=True)):
         before, kind_before = (words[index - 1], kinds[index - 1]) if index else ("", 0)
         if kind == STRING:

@@ -33,6 +33,8 @@ RIGHT = [
     "SELECT 'Hello $user.name', E'\\'$x', $$ $y $$", "SELECT $a?, $b.c?, $b.\"any column\"", "-- note\nSELECT 1 /* ( */",
     "SELECT {columns} FORM {table}", "SELEKT {x}", "WITH a AS (SELECT 1) UPDATE t SET x = 1 FROM a RETURNING *;",
     "INSERT INTO t VALUES (1) ON CONFLICT (a) DO UPDATE SET b = EXCLUDED.b WHERE t.b IS DISTINCT FROM EXCLUDED.b",
+    "INSERT INTO t (a) SELECT x FROM u CROSS JOIN f(1) p ON CONFLICT (a) DO NOTHING",
+    "INSERT INTO t SELECT * FROM u NATURAL JOIN v ON CONFLICT (a) DO UPDATE SET b = 1",
     "SELECT count(*) FILTER (WHERE x), array_agg(a ORDER BY b) FROM t GROUP BY ROLLUP (c) FOR UPDATE SKIP LOCKED",
     "SELECT x::int[], (y).z, a->>'b', c @> '{}' FROM t, LATERAL jsonb_each(d) AS e(k, v) WHERE NOT EXISTS (SELECT FROM u)",
     "SELECT '" + "x" * 5000 + "' FORM", "SELECT " + "(" * 500 + "1" + ")" * 500,
