@@ -26,8 +26,9 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# make bench OF=monitoring: the functions that look at workflows, with a million of them (minutes, and 2 GB of disk)
 bench: venv
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench$(if $(OF),.$(OF))
 
 # Longer: make chaos SECONDS=600
 SECONDS ?= 20

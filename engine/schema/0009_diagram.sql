@@ -166,6 +166,8 @@ CREATE TRIGGER on_delete AFTER DELETE ON duroxide.instances
 
 -- What row security lets a role see, newest first: a role with few workflows must not pay for those of others.
 CREATE INDEX idx_instances_submitted_by ON duroxide.instances (submitted_by, created_at DESC, id);
+-- The same for those of one status; what is completed is most of it all, and found well enough by the index above.
+CREATE INDEX idx_instances_incomplete ON duroxide.instances (submitted_by, status, created_at DESC, id) WHERE status <> 'completed';
 -- For df.prune and for retention.
 CREATE INDEX idx_instances_ended_at ON duroxide.instances (ended_at) WHERE ended_at IS NOT NULL;
 
