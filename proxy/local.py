@@ -2,8 +2,8 @@
 
 A folder holds the cluster (`pg18/`), the passwords (`credentials.json`, the owner's alone) and a lock. Three roles: the
 superuser, which only set-up uses; `dfproxy`, the service role, as little as a managed server would give it; and `app`,
-whose database the newcomer works in. The server listens on a Unix-domain socket and asks everybody for a password:
-whoever reaches the proxy's port is not let in by that alone.
+whose database the newcomer works in. pgvector, which only a superuser can install, is there already. The server listens
+on a Unix-domain socket and asks everybody for a password: whoever reaches the proxy's port is not let in by that alone.
 """
 
 from __future__ import annotations
@@ -148,6 +148,11 @@ class LocalServer:
                     "SELECT format('ALTER ROLE %I PASSWORD %L', $1::text, $2::text)", role, self._passwords[role]))
             if not await connection.fetchval(
                     "SELECT EXISTS (SELECT FROM pg_database WHERE datname = $1)", DATABASE):
+                template = await asyncpg.connect(self._dsn(SUPERUSER, "template1"), timeout=30)
+                try:
+                    await template.execute("CREATE EXTENSION IF NOT EXISTS vector")
+                finally:
+                    await template.close()
                 await connection.execute(f'CREATE DATABASE "{DATABASE}" OWNER "{APP_ROLE}"')
             await connection.execute(f'GRANT CREATE ON DATABASE "{DATABASE}" TO "{SERVICE_ROLE}"')
         finally:

@@ -49,6 +49,8 @@ def test_a_newcomer_with_an_empty_home_and_crashes_later(home: Path) -> None:
     with running(home, "serve", "--listen", "127.0.0.1:0") as it:
         with psycopg.connect(it.uri, autocommit=True) as c:
             c.execute(TABLE)
+            c.execute("CREATE EXTENSION IF NOT EXISTS vector")
+            assert c.execute("SELECT '[1,2]'::vector <-> '[1,3]'").fetchone() == (1.0,)
         run_workflow(it.uri, 10)
         pg = cluster(home)
         first = pg.pid()
