@@ -1,4 +1,4 @@
-"""`make bench OF=monitoring` (`python -m bench.monitoring N`): the functions that look at workflows, with a million of them.
+"""`make bench OF=monitoring`: the functions that look at workflows, with a million of them.
 
 For each: the time of the third call, as an ordinary role that owns one in twenty workflows, as one that owns none, and
 as the service role; and what its statements scan. A sequential scan of a big table is marked: only df.metrics, which
