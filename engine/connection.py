@@ -97,8 +97,38 @@ RESET = (
 )
 
 
+#: The same inside of a transaction, for sessions through a pooler: what comes after COMMIT may reach another server
+#: session. Other sessions' prepared statements, which a pooler keeps there, stay.
+TIDY = (
+    "CLOSE ALL",
+    "SET SESSION AUTHORIZATION DEFAULT",
+    "RESET ALL",
+    "DO $$ DECLARE n pg_catalog.text; BEGIN FOR n IN SELECT s.name FROM pg_catalog.pg_prepared_statements s "
+    "WHERE s.from_sql LOOP EXECUTE pg_catalog.format('DEALLOCATE %I', n); END LOOP; END $$",
+    "UNLISTEN *",
+    "SELECT pg_catalog.pg_advisory_unlock_all()",
+    "DISCARD TEMP",
+    "DISCARD SEQUENCES",
+)
+#: Settings of one transaction: names and values as text[].
+LOCAL = "SELECT pg_catalog.count(pg_catalog.set_config(s.n, s.v, true)) FROM unnest($1, $2) AS s(n, v)"
+#: What a pooler takes in the startup packet; everything else is set in each transaction.
+_POOLER_TAKES = frozenset({"application_name", "client_encoding"})
+
+
 def _statement(sql: str) -> bytes:
     return build.parse("", sql) + build.bind("", "") + build.execute("")
+
+
+def _array(items: Sequence[str]) -> bytes:
+    quoted = (item.replace("\\", "\\\\").replace('"', '\\"') for item in items)
+    return ("{" + ",".join(f'"{item}"' for item in quoted) + "}").encode()
+
+
+def _local(parameters: Mapping[str, str]) -> bytes:
+    """Sets them until the end of the transaction."""
+    return build.parse("", LOCAL, (1009, 1009)) + build.bind(
+        "", "", [_array(list(parameters)), _array(list(parameters.values()))]) + build.execute("")
 
 
 _BEGIN = _statement("BEGIN")
@@ -110,6 +140,9 @@ _LEAVE_ROLE = _statement("SET ROLE NONE")
 _SYNC = build.sync()
 _RESET = build.query(RESET)
 _ROLLBACK = build.query("ROLLBACK")
+_TIDY = b"".join(_statement(sql) for sql in TIDY)
+_TIDY_FAILED = build.query("; ".join(("ROLLBACK AND CHAIN", *TIDY, "COMMIT")))
+_TIDY_IDLE = build.query("; ".join(("BEGIN", *TIDY, "COMMIT")))
 _CHECKPOINT = build.parse("", CHECKPOINT, CHECKPOINT_TYPES)
 _RUN = build.bind("", "") + build.describe_portal("") + build.execute("")
 _EXECUTE = build.execute("")
@@ -153,10 +186,16 @@ class _Exchange:
 
 
 class StepConnection(asyncio.Protocol):
-    """One session. Made by `connect`; not for concurrent use, except `cancel` and `abort`."""
+    """One session. Made by `connect`; not for concurrent use, except `cancel` and `abort`.
 
-    def __init__(self, target: Target, *, max_rows: int, max_bytes: int) -> None:
+    `local`: None where the session is a server session. Behind a pooler, the settings that each transaction begins with;
+    nothing is then relied upon, or left behind, outside of a transaction.
+    """
+
+    def __init__(self, target: Target, *, max_rows: int, max_bytes: int, local: Mapping[str, str] | None = None) -> None:
         self.target = target
+        self.pooled = local is not None
+        self._local = _local(local) if local else b""
         self.max_rows = max_rows
         self.max_bytes = max_bytes
         self.parameters: dict[str, str] = {}
@@ -184,19 +223,24 @@ class StepConnection(asyncio.Protocol):
     # -- making one --------------------------------------------------------------------------------------------
 
     @classmethod
-    async def connect(cls, target: Target, parameters: Mapping[str, str], *, timeout: float,
+    async def connect(cls, target: Target, parameters: Mapping[str, str], *, timeout: float, pooled: bool = False,
                       max_rows: int = 100_000, max_bytes: int = 16 * 2**20) -> StepConnection:
-        """Connects and logs in, trying each host in turn. `parameters` go into the startup packet.
+        """Connects and logs in, trying each host in turn. `parameters` go into the startup packet, or (`pooled`) into
+        each transaction.
 
         Raises TimeoutError after `timeout` seconds in all, ServerError if the server refuses, AuthenticationError,
         ConnectionLostError if no host answers.
         """
+        local = None
+        if pooled:
+            local = {name: value for name, value in parameters.items() if name not in _POOLER_TAKES}
+            parameters = {name: value for name, value in parameters.items() if name in _POOLER_TAKES}
         fault: Exception = ConnectionLostError("no host given")
         async with asyncio.timeout(timeout):
             for address in target.hosts:
                 tls = target.wants_tls(address[0])
                 while True:
-                    connection = cls(target, max_rows=max_rows, max_bytes=max_bytes)
+                    connection = cls(target, max_rows=max_rows, max_bytes=max_bytes, local=local)
                     try:
                         await connection._dial(address, parameters, tls=tls)
                     except _TlsError as e:
@@ -283,7 +327,7 @@ class StepConnection(asyncio.Protocol):
             if self._role[0] != role_sql:
                 self._role = (role_sql, _statement(f"SET LOCAL ROLE {role_sql}"))
             role = self._role[1]
-        exchange = await self._exchange([_BEGIN, role, build.parse("", sql), _RUN, _CONSTRAINTS, _SYNC])
+        exchange = await self._exchange([_BEGIN, self._local, role, build.parse("", sql), _RUN, _CONSTRAINTS, _SYNC])
         # Only known now: the answer to the reset came before the answers to this.
         if self._reset_fault is not None:
             raise ConnectionLostError(f"the session could not be reset: {self._reset_fault}")
@@ -299,12 +343,12 @@ class StepConnection(asyncio.Protocol):
         Raises ServerError (rolled back, if `rollback` follows), or ConnectionLostError: then nobody knows.
         """
         values = [None if a is None else a.encode() for a in arguments]
-        parts = [_LEAVE_ROLE, _CHECKPOINT, build.bind("", "", values), _EXECUTE, _COMMIT, _SYNC]
-        await self._commit(parts)
+        tidy = _TIDY if self.pooled else b""
+        await self._commit([_LEAVE_ROLE, tidy, _CHECKPOINT, build.bind("", "", values), _EXECUTE, _COMMIT, _SYNC])
 
     async def commit(self) -> None:
         """COMMIT without a checkpoint, for steps in another database. Raises as `finish` does."""
-        await self._commit([_LEAVE_ROLE, _COMMIT, _SYNC])
+        await self._commit([_LEAVE_ROLE, _TIDY if self.pooled else b"", _COMMIT, _SYNC])
 
     async def _commit(self, parts: list[bytes]) -> None:
         exchange = self._send(parts)
@@ -317,7 +361,10 @@ class StepConnection(asyncio.Protocol):
             raise ServerError({"C": "25P02", "M": "the transaction was rolled back instead of committed"})
 
     async def run_outside(self, role_sql: str | None, sql: str) -> StepResult:
-        """Runs a statement outside of a transaction block (at least once). Raises as `begin_and_run` does."""
+        """Runs a statement outside of a transaction block (at least once). Raises as `begin_and_run` does.
+
+        Behind a pooler it must be one that leaves nothing in the session, and the login's own.
+        """
         if role_sql is not None:
             # By itself, and checked: the statement must not run as the login if this fails.
             await self.execute(f"SET ROLE {role_sql}")
@@ -340,12 +387,21 @@ class StepConnection(asyncio.Protocol):
 
     async def rollback(self) -> None:
         """ROLLBACK, and the reset behind it. Raises ServerError, ConnectionLostError."""
+        if self.pooled:
+            # In one transaction with the clean-up: a rollback leaves locks and prepared statements behind.
+            await self._tidy()
+            return
         exchange = self._send([_ROLLBACK])
         self._send_reset()
         await self._wait(exchange)
         # The refusal of an earlier reset in the failed transaction is made good by this one, whose answer is
         # still to come.
         self._reset_fault = None
+        if exchange.error is not None:
+            raise exchange.error
+
+    async def _tidy(self) -> None:
+        exchange = await self._exchange([_TIDY_IDLE if self.status == _IDLE else _TIDY_FAILED])
         if exchange.error is not None:
             raise exchange.error
 
@@ -428,7 +484,7 @@ class StepConnection(asyncio.Protocol):
         return exchange
 
     def _send_reset(self) -> None:
-        if self.closed or self._transport is None:
+        if self.pooled or self.closed or self._transport is None:
             return
         self._enqueue(_Exchange(None))
         self._transport.write(_RESET)
@@ -579,6 +635,8 @@ class StepConnection(asyncio.Protocol):
     def _receive_row(self, exchange: _Exchange, payload: bytes) -> None:
         if exchange.future is not None and exchange.future.done():
             return  # given up: too large, or the waiter was cancelled
+        if not exchange.described:
+            return  # of a statement of the engine's own
         exchange.size += len(payload)
         if exchange.size > self.max_bytes or len(exchange.rows) >= self.max_rows:
             fault = self._too_large(exchange, bytes_=exchange.size > self.max_bytes)

@@ -71,7 +71,7 @@ SELECT r.rolname, quote_ident(r.rolname) AS role_sql, r.rolsuper, r.rolcanlogin,
            AND s.setdatabase IN (0, (SELECT d.oid FROM pg_catalog.pg_database d
                                       WHERE d.datname = COALESCE($2, current_database())))
            AND NOT EXISTS (SELECT FROM pg_catalog.pg_settings g
-                            WHERE g.name = split_part(c.item, '=', 1) AND g.context NOT IN ('user', 'backend'))
+                            WHERE g.name = split_part(c.item, '=', 1) AND g.context <> 'user')
        )::text AS settings
   FROM pg_catalog.pg_roles r
   LEFT JOIN duroxide.executors e ON e.role = r.oid

@@ -131,8 +131,9 @@ async def migrate(dsn: str) -> MigrationResult:
     """
     conn = await _connect(dsn)
     try:
-        await _check_server(conn)
-        unicode = await conn.fetchval("SELECT current_setting('server_encoding') = 'UTF8'")
+        async with conn.transaction():
+            await _check_server(conn)
+            unicode = await conn.fetchval("SELECT current_setting('server_encoding') = 'UTF8'")
         known = migrations()
         applied: list[int] = []
         installed = False

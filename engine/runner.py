@@ -152,9 +152,10 @@ PoolKey = tuple[Identity, str | None]
 class SessionPool:
     """Sessions for steps: at most `max_user_connections` in all, idle ones kept for the same identity and database."""
 
-    def __init__(self, settings: EngineSettings, identities: Identities) -> None:
+    def __init__(self, settings: EngineSettings, identities: Identities, *, pooled: bool = False) -> None:
         self._settings = settings
         self._identities = identities
+        self._pooled = pooled  # by somebody else, between here and the server
         self._target = Target.from_dsn(settings.dsn)
         self._slots = asyncio.Semaphore(settings.max_user_connections)
         self._idle: dict[PoolKey, deque[StepConnection]] = {}
@@ -211,18 +212,26 @@ class SessionPool:
             target = target.to(user=identity.login, password=identity.password, database=database)
         else:
             target = target.to(user=target.user, password=target.password, database=database)
-        parameters = dict(identity.parameters) | self._session_parameters(target)
-        limits = {"max_rows": self._settings.max_result_rows, "max_bytes": self._settings.max_result_bytes}
+        parameters = dict(identity.parameters) | self._session_parameters()
+        if self._pooled:
+            for name in _OF_SOCKETS:
+                del parameters[name]
+
+        async def connect() -> StepConnection:
+            return await StepConnection.connect(
+                target, parameters, timeout=self._settings.connect_timeout, pooled=self._pooled,
+                max_rows=self._settings.max_result_rows, max_bytes=self._settings.max_result_bytes)
+
         try:
-            return await StepConnection.connect(target, parameters, timeout=self._settings.connect_timeout, **limits)
+            return await connect()
         except ServerError as e:
             if _CHECK_INTERVAL not in e.message:
                 raise
             # A server on a platform that can't look for vanished clients while a statement runs.
             del parameters[_CHECK_INTERVAL]
-            return await StepConnection.connect(target, parameters, timeout=self._settings.connect_timeout, **limits)
+            return await connect()
 
-    def _session_parameters(self, target: Target) -> dict[str, str]:
+    def _session_parameters(self) -> dict[str, str]:
         """SURFACE 5.2; and what makes the server notice soon that a worker is gone, whose locks block its successor."""
         return {
             "application_name": "dfproxy:step",
@@ -276,6 +285,8 @@ class SessionPool:
 
 
 _CHECK_INTERVAL = "client_connection_check_interval"
+#: About the server's own connection, which is a pooler's where there is one.
+_OF_SOCKETS = (_CHECK_INTERVAL, "tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count")
 
 
 class Runner:
@@ -285,7 +296,7 @@ class Runner:
         self._settings = settings
         self._store = store
         self._identities = identities
-        self.pool = SessionPool(settings, identities)
+        self.pool = SessionPool(settings, identities, pooled=store.pooled)
         self._catalogs: dict[str, tuple[float, TypeCatalog]] = {}
 
     async def run(self, job: Job) -> Outcome:
@@ -443,6 +454,12 @@ class Runner:
             if e.sqlstate == "22023" and "does not exist" in e.message and identity.role_sql is not None:
                 self._identities.forget(identity.oid)
             if e.sqlstate in _OUTSIDE_STATES and e.fields.get("V", e.fields.get("S")) == "ERROR":
+                # The role would have to stay with the session, and so does what a procedure sets.
+                if lease.connection.pooled and (identity.role_sql is not None or e.sqlstate != "25001"):
+                    return Failed(started, StepError(
+                        "SQL execution failed: this statement can't run in a transaction block, and through a pooler in "
+                        f"transaction mode steps run in nothing else: {e.message}", "0A000", None,
+                        "Let `upstream` name the server itself."))
                 raise _OutsideError from e
             if is_transient(e):
                 raise TransientError(e.message) from e

@@ -35,7 +35,7 @@ class EngineSettings:
     execution_acquire_timeout: float = 30.0
     connect_timeout: float = 30.0
     idle_connection: float = 60.0  #: after which an unused step connection is closed
-    statement_cache_size: int = 100  #: of control connections; 0 behind a transaction pooler
+    statement_cache_size: int = 100  #: of control connections; none behind a pooler
 
     # Time
     lease: float = 15.0

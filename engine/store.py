@@ -265,13 +265,15 @@ class Clock:
 class Store:
     """One worker's access to the state. `open` first; every method may raise what `is_infrastructure` knows."""
 
-    def __init__(self, settings: EngineSettings, *, statement_cache_size: int | None = None) -> None:
+    def __init__(self, settings: EngineSettings, *, statement_cache_size: int | None = None,
+                 pooled: bool = False) -> None:
         self.settings = settings
         self.clock = Clock()
         self.worker_id = ""
         self._handled: set[int] = set()
         self.catalog = TypeCatalog()
         self._cache_size = settings.statement_cache_size if statement_cache_size is None else statement_cache_size
+        self.pooled = pooled  #: a pooler is in between: nothing outlives a transaction
         self._pool: asyncpg.Pool[Any] | None = None
         self._beat: asyncpg.Connection[Any] | None = None
         self._poll: asyncpg.Connection[Any] | None = None
@@ -285,15 +287,29 @@ class Store:
         dsn, tls = for_asyncpg(self.settings.dsn)
         return {
             "dsn": dsn, **tls, "timeout": self.settings.connect_timeout,
-            "statement_cache_size": self._cache_size, "max_cached_statement_lifetime": 0,
+            "statement_cache_size": 0 if self.pooled else self._cache_size, "max_cached_statement_lifetime": 0,
             "server_settings": {"application_name": "dfproxy:control"},
         }
 
     async def open(self) -> None:
         """Connects. Raises what asyncpg raises."""
+        if not self.pooled and self._cache_size:
+            self.pooled = await self._behind_pooler()
         self._pool = await asyncpg.create_pool(
             **self._options(), min_size=1, max_size=max(1, self.settings.max_control_connections - 2),
             command_timeout=60.0, reset=_no_reset)
+
+    async def _behind_pooler(self) -> bool:
+        """Whether somebody answers in the server's place: poolers give their clients keys of their own."""
+        c = await asyncpg.connect(**self._options() | {"statement_cache_size": 0})
+        try:
+            async with c.transaction():
+                pooled: bool = c.get_server_pid() != await c.fetchval("SELECT pg_catalog.pg_backend_pid()")
+        finally:
+            await c.close(timeout=2)
+        if pooled:
+            log.info("a connection pooler is in between: transactions are all that is relied upon")
+        return pooled
 
     async def close(self) -> None:
         """Drops all connections at once."""
@@ -317,16 +333,21 @@ class Store:
     async def _connection(self) -> AsyncIterator[asyncpg.Connection[Any]]:
         if self._pool is None:
             raise asyncpg.InterfaceError("the store is closed")
-        async with self._pool.acquire(timeout=self.settings.connect_timeout) as connection:
+        async with self._pool.acquire(timeout=self.settings.connect_timeout) as connection, self._whole(connection):
             yield connection
 
+    @asynccontextmanager
+    async def _whole(self, connection: asyncpg.Connection[Any]) -> AsyncIterator[None]:
+        """Behind a pooler everything is a transaction: even one statement is sent in two requests, to prepare and to run."""
+        if not self.pooled:
+            yield
+            return
+        async with connection.transaction():
+            yield
+
     def saw_pooler(self, error: BaseException) -> bool:
-        """Whether the error says that a transaction pooler is in between; prepared statements are then given up."""
-        if isinstance(error, asyncpg.PostgresError) and error.sqlstate in _POOLER_STATES and self._cache_size:
-            log.warning("a transaction pooler seems to be in between: prepared statements are off")
-            self._cache_size = 0
-            return True
-        return False
+        """Whether the error says that a transaction pooler is in between, which could not be told before."""
+        return isinstance(error, asyncpg.PostgresError) and error.sqlstate in _POOLER_STATES and not self.pooled
 
     # -- worker ------------------------------------------------------------------------------------------------
 
@@ -359,14 +380,16 @@ class Store:
         c = self._beat = await self._own(self._beat)
         sent = time.monotonic()
         try:
-            row = await c.fetchrow(HEARTBEAT, self.worker_id)
+            async with self._whole(c):
+                row = await c.fetchrow(HEARTBEAT, self.worker_id)
         except asyncpg.LockNotAvailableError:
             # Freeing a lost worker's instances met a lock; our own life sign must not wait for it.
-            row = await c.fetchrow(
-                "WITH alive AS (UPDATE duroxide.workers SET heartbeat_at = clock_timestamp() "
-                "WHERE id = $1::text::uuid RETURNING 1) "
-                "SELECT NULL, EXISTS (SELECT FROM alive), extract(epoch FROM clock_timestamp())::float8",
-                self.worker_id)
+            async with self._whole(c):
+                row = await c.fetchrow(
+                    "WITH alive AS (UPDATE duroxide.workers SET heartbeat_at = clock_timestamp() "
+                    "WHERE id = $1::text::uuid RETURNING 1) "
+                    "SELECT NULL, EXISTS (SELECT FROM alive), extract(epoch FROM clock_timestamp())::float8",
+                    self.worker_id)
         assert row is not None
         self._contact(sent, row[2])
         return bool(row[1])
@@ -380,7 +403,8 @@ class Store:
         c = self._poll = await self._own(self._poll)
         sent = time.monotonic()
         handled = list(self._handled)
-        row = await c.fetchrow(POLL, self.worker_id, limit, "{" + ",".join(map(str, handled)) + "}")
+        async with self._whole(c):
+            row = await c.fetchrow(POLL, self.worker_id, limit, "{" + ",".join(map(str, handled)) + "}")
         assert row is not None
         self._handled.difference_update(handled)
         _, claimed, inbox, next_due, now = row

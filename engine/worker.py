@@ -37,7 +37,7 @@ class _GivenUpError(Exception):
 
 
 class _PoolerError(Exception):
-    """Prepared statements don't work here: connect anew without."""
+    """Prepared statements don't work here, so there is a pooler in between: connect anew."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Worker:
         self._ended = asyncio.Event()
         self._started = False
         self._former: str | None = None  # who this worker was in its last life
-        self._cache_size = settings.statement_cache_size
+        self._pooled = False
         self._instances: dict[str, asyncio.Task[None]] = {}
 
     @property
@@ -99,7 +99,7 @@ class Worker:
                     log.warning("the lease is lost; the worker starts anew", worker=self.settings.worker_name)
                     continue
                 except _PoolerError:
-                    self._cache_size = 0
+                    self._pooled = True
                     continue
                 except Exception as e:
                     if is_infrastructure(e):
@@ -116,7 +116,7 @@ class Worker:
 
     async def _live(self) -> None:
         self.statistics.lives += 1
-        store = Store(self.settings, statement_cache_size=self._cache_size)
+        store = Store(self.settings, pooled=self._pooled)
         registered = False
         try:
             await store.open()

@@ -170,7 +170,8 @@ async def with_shared_secret(settings: Settings, databases: tuple[str, ...]) -> 
         return settings
     connection = await connect(settings.dsn)
     try:
-        secret = await connection.fetchval("SELECT value FROM duroxide.secret")
+        async with connection.transaction():  # with a pooler in between, statements alone may go astray
+            secret = await connection.fetchval("SELECT value FROM duroxide.secret")
     finally:
         await connection.close()
     return settings.model_copy(update={"secret": hide(secret)})
@@ -197,11 +198,12 @@ async def _mirror(uri: str, settings: Settings) -> None:
     }
     connection = await connect(uri)
     try:
-        await connection.execute("""
-            INSERT INTO duroxide.settings AS s (name, value)
-            SELECT * FROM unnest($1::text[], $2::text[])
-            ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value WHERE s.value <> EXCLUDED.value""",
-            list(values), list(values.values()))
+        async with connection.transaction():
+            await connection.execute("""
+                INSERT INTO duroxide.settings AS s (name, value)
+                SELECT * FROM unnest($1::text[], $2::text[])
+                ON CONFLICT (name) DO UPDATE SET value = EXCLUDED.value WHERE s.value <> EXCLUDED.value""",
+                list(values), list(values.values()))
     finally:
         await connection.close()
 

@@ -9,11 +9,12 @@ from tests.fix_postgres import Database
 DONE = '{"rows":[],"row_count":0}'
 
 
-async def run_steps(database: Database, *queries: str, **changes: object) -> list[tuple[str, str | None]]:
-    """Each query as a workflow of its own, one after the other, through one session."""
+async def run_steps(database: Database, *queries: str, through: Database | None = None,
+                    **changes: object) -> list[tuple[str, str | None]]:
+    """Each query as a workflow of its own, one after the other, through one session (`through`: the worker's way there)."""
     outcomes = []
     with Client(database) as c:
-        async with running_worker(database, max_user_connections=1, **changes) as worker:
+        async with running_worker(through or database, max_user_connections=1, **changes) as worker:
             for query in queries:
                 instance = c.start(sql(query))
                 worker.wake()
