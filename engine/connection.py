@@ -188,11 +188,12 @@ class _Exchange:
 class StepConnection(asyncio.Protocol):
     """One session. Made by `connect`; not for concurrent use, except `cancel` and `abort`.
 
-    `local`: None where the session is a server session. Behind a pooler, the settings that each transaction begins with;
-    nothing is then relied upon, or left behind, outside of a transaction.
+    `local`: None where the session is a server session. Behind a pooler, the settings that each transaction begins
+    with; nothing is then relied upon, or left behind, outside of a transaction.
     """
 
-    def __init__(self, target: Target, *, max_rows: int, max_bytes: int, local: Mapping[str, str] | None = None) -> None:
+    def __init__(self, target: Target, *, max_rows: int, max_bytes: int,
+                 local: Mapping[str, str] | None = None) -> None:
         self.target = target
         self.pooled = local is not None
         self._local = _local(local) if local else b""

@@ -457,8 +457,8 @@ class Runner:
                 # The role would have to stay with the session, and so does what a procedure sets.
                 if lease.connection.pooled and (identity.role_sql is not None or e.sqlstate != "25001"):
                     return Failed(started, StepError(
-                        "SQL execution failed: this statement can't run in a transaction block, and through a pooler in "
-                        f"transaction mode steps run in nothing else: {e.message}", "0A000", None,
+                        "SQL execution failed: this statement can't run in a transaction block, and through a pooler "
+                        f"in transaction mode steps run in nothing else: {e.message}", "0A000", None,
                         "Let `upstream` name the server itself."))
                 raise _OutsideError from e
             if is_transient(e):

@@ -338,7 +338,7 @@ class Store:
 
     @asynccontextmanager
     async def _whole(self, connection: asyncpg.Connection[Any]) -> AsyncIterator[None]:
-        """Behind a pooler everything is a transaction: even one statement is sent in two requests, to prepare and to run."""
+        """Behind a pooler everything is a transaction: one statement is two requests, to prepare and to run."""
         if not self.pooled:
             yield
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import psycopg
-import pytest
 
 from engine.store import Store
 from tests.engine.fix_graphs import join, loop, race, seq, signal, sleep, sql
