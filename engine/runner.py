@@ -43,6 +43,7 @@ _TRANSIENT_CLASSES = ("53",)
 _OUTSIDE_STATES = frozenset({"25001", "2D000"})
 #: What a server says to a login that it will accept later: starting up, shutting down, too many clients.
 _LATER_CLASSES = ("53", "57P", "08", "58")
+_POOLER_REFUSES = ("no such ", "unsupported startup parameter")
 _BAD_LOGIN = frozenset({"28P01", "28000"})
 #: Longest pause in seconds before the next try to reach a server that is away.
 AWAY = 1.0
@@ -395,7 +396,7 @@ class Runner:
             raise TransientError(str(e), away=True) from e
         except ServerError as e:
             self._identities.forget(identity.oid)
-            if e.sqlstate.startswith(_LATER_CLASSES) and e.sqlstate != "08P01":
+            if e.sqlstate.startswith(_LATER_CLASSES) and not self._refused_for_good(e):
                 raise TransientError(e.message, away=True) from e
             raise _FailedError(StepError(
                 f"Failed to connect to database '{name}' as '{identity.user}'. Error: {e.message}", e.sqlstate,
@@ -403,6 +404,10 @@ class Runner:
         except AuthenticationError as e:
             raise _FailedError(StepError(
                 f"Failed to connect to database '{name}' as '{identity.user}'. Error: {e}", "28000")) from e
+
+    def _refused_for_good(self, error: ServerError) -> bool:
+        """Of class 08: a server has one error for startup packets that it never accepts; PgBouncer, for nearly all."""
+        return error.sqlstate == "08P01" and (not self._store.pooled or error.message.startswith(_POOLER_REFUSES))
 
     async def _transaction(self, job: Job, sql: str, started: datetime, identity: Identity,
                            lease: SessionLease) -> Outcome:
