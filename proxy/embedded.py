@@ -7,6 +7,8 @@ PostgreSQL refuses to run as root: as root, its programs run as the system user 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import os
 import pwd
 import shutil
@@ -54,12 +56,23 @@ def bin_dir(version: int) -> Path:
         raise EmbeddedError(f"the embedded wheel has no PostgreSQL {version}") from None
 
 
-def _owner() -> str | None:
-    """The system user that PostgreSQL's programs run as; None means the current one."""
+@functools.cache
+def server_owner() -> pwd.struct_passwd | None:
+    """The system user that PostgreSQL's programs run as; None means the current one. Root makes it if it is missing."""
     if os.geteuid() != 0:
         return None
-    _wheel().ensure_user_exists(SYSTEM_USER)
-    return SYSTEM_USER
+    wheel = _wheel()
+    # Two processes that make the user at the same time leave one of them with an id that nobody has in the end.
+    folder = os.open("/etc", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        entry: pwd.struct_passwd = wheel.ensure_user_exists(SYSTEM_USER)
+    except subprocess.CalledProcessError as e:
+        raise EmbeddedError(f"root can't run PostgreSQL, and the system user {SYSTEM_USER} can't be made:"
+                            f" {e.stderr.strip()}") from e
+    finally:
+        os.close(folder)
+    return entry
 
 
 def _let_traverse(path: Path) -> None:
@@ -99,9 +112,8 @@ class Cluster:
         """
         # All of root's groups go too: their rights would count in the place of those for others.
         identity: dict[str, Any] = {}
-        if (owner := _owner()) is not None:
-            entry = pwd.getpwnam(owner)
-            identity = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+        if (owner := server_owner()) is not None:
+            identity = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
         # pg_ctl's child inherits the pipes, so that a pipe would never close: files instead.
         with tempfile.TemporaryFile("w+") as out:
             try:
@@ -120,9 +132,8 @@ class Cluster:
 
     def _give(self, path: Path, mode: int) -> None:
         """Makes `path` belong to the user that PostgreSQL runs as."""
-        if (owner := _owner()) is not None:
-            entry = pwd.getpwnam(owner)
-            os.chown(path, entry.pw_uid, entry.pw_gid)
+        if (owner := server_owner()) is not None:
+            os.chown(path, owner.pw_uid, owner.pw_gid)
         path.chmod(mode)
 
     def init(self) -> None:
@@ -138,7 +149,7 @@ class Cluster:
             shutil.rmtree(fresh)
         fresh.mkdir(parents=True)
         self._give(fresh, 0o700)
-        if _owner() is not None:
+        if server_owner() is not None:
             _let_traverse(fresh)
             _let_traverse(self.bin_dir / "postgres")
         with tempfile.NamedTemporaryFile("w") as password:
@@ -158,7 +169,7 @@ class Cluster:
             return
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        expected = os.geteuid() if (owner := _owner()) is None else pwd.getpwnam(owner).pw_uid
+        expected = os.geteuid() if (owner := server_owner()) is None else owner.pw_uid
         # In a folder for all, somebody else could have been first, and would see every password.
         if folder.lstat().st_uid not in (expected, os.geteuid()) or not folder.is_dir() or folder.is_symlink():
             raise EmbeddedError(f"{folder} belongs to somebody else; remove it or choose a shorter data folder")

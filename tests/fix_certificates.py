@@ -141,7 +141,8 @@ def _san(host: str) -> x509.GeneralName:
 
 def postgres_owner() -> str | None:
     """The system user that test servers run as; None: the one that the tests run as."""
-    return embedded._owner()
+    entry = embedded.server_owner()
+    return entry.pw_name if entry is not None else None
 
 
 @contextlib.contextmanager
