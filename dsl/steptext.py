@@ -12,9 +12,6 @@ import re
 from functools import lru_cache
 from typing import Final
 
-from sqlglot import parse
-from sqlglot.errors import SqlglotError
-
 from dsl.dialect import BOUNDARIES, IDENT, NUMBER, OTHER, STRING, Tokens, lex, names
 from dsl.references import Reference, SubstitutionError
 from dsl.sqltext import Place, Spot, replace_references
@@ -114,7 +111,15 @@ def _is_plain(tokens: Tokens) -> bool:
     return True
 
 
+def load() -> None:
+    """Loads the parser. It takes a quarter of a second: long-running callers do it in a thread, before they need it."""
+    import sqlglot  # noqa: F401
+
+
 def _parsed(text: str) -> str | None:
+    from sqlglot import parse
+    from sqlglot.errors import SqlglotError
+
     try:
         parse(text, dialect="postgres")
     except SqlglotError as e:

@@ -14,7 +14,7 @@ import typer
 
 import proxy
 from proxy import dsn, faults, logs
-from proxy.serve import FAILED, USAGE, run
+from proxy.process import FAILED, USAGE, run
 from proxy.settings import Settings, SettingsError, load
 from proxy.upstream import Upstream
 

@@ -28,7 +28,7 @@ from rich.text import Text
 
 from proxy.faults import UserError
 from proxy.local import LocalServer
-from proxy.serve import FAILED
+from proxy.process import FAILED
 
 if TYPE_CHECKING:
     import psycopg

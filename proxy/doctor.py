@@ -16,7 +16,7 @@ from rich.table import Table
 from engine import migrate
 from engine.identity import derive_password, scram_verifier
 from proxy import dsn, faults, wiring
-from proxy.serve import FAILED
+from proxy.process import FAILED
 from proxy.settings import Settings
 
 OLDEST_SERVER = 15

@@ -15,9 +15,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from dataclasses import dataclass
 
 import structlog
-import uvloop
 
 import proxy
+from dsl import steptext
 from proxy import dsn, wiring
 from proxy.faults import cannot_listen
 from proxy.launch import Launcher
@@ -27,19 +27,6 @@ from proxy.server import ProxyServer
 from proxy.settings import Settings
 
 log = structlog.get_logger("dfproxy")
-
-#: Exit statuses besides 0: a fault that the text names, and a mistake in how dfproxy was called.
-FAILED, USAGE = 1, 2
-
-
-def run(main: Callable[[], Awaitable[int]]) -> int:
-    """Runs a coroutine on uvloop to its end and returns the exit status that it gives."""
-
-    async def whole() -> int:
-        return await main()
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(whole())
 
 
 def stop_on_signals() -> asyncio.Event:
@@ -149,6 +136,7 @@ async def serve_here(ready: Ready, stop: asyncio.Event, *, announce: Callable[[i
         launching = [group.create_task(launcher.run()) for launcher in launchers.values()]
         with on_hangup(server.reload, stop):
             await announce(server.port)
+            group.create_task(asyncio.to_thread(steptext.load))
             await stop.wait()
         log.info("stopping", grace=settings.drain_timeout)
         await _all([server.drain(), *(worker.stop(settings.drain_timeout) for worker in workers)])

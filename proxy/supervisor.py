@@ -21,7 +21,8 @@ import structlog
 
 from proxy.faults import cannot_listen
 from proxy.logs import configure
-from proxy.serve import Ready, announce, on_hangup, run, serve_here, stop_on_signals
+from proxy.process import run
+from proxy.serve import Ready, announce, on_hangup, serve_here, stop_on_signals
 from proxy.settings import Settings
 
 log = structlog.get_logger("dfproxy.supervisor")
