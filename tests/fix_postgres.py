@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import os
 import shutil
 import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ DEBIAN_15 = Path("/usr/lib/postgresql/15/bin")
 #: Durability is not what most tests are about; those that kill the server start their own with fsync on.
 FAST = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off", "max_connections": "200",
         "log_min_messages": "log", "log_line_prefix": "'%m [%p] %a %u@%d '"}
+
+#: Names a folder that lasts as long as the test run.
+_FOLDER = "PYTEST_DFPROXY_FOLDER"
 
 
 def versions() -> list[int]:
@@ -43,6 +48,25 @@ def free_port() -> int:
         return port
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes a folder for the whole run; the processes that share its tests get its name in their environment."""
+    if _FOLDER not in os.environ:
+        made = os.environ[_FOLDER] = tempfile.mkdtemp(prefix="dfproxy-tests-")
+        Path(made).chmod(0o755)
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(_FOLDER), ignore_errors=True))
+
+
+def copy_of_a_new_one(version: int, cluster: Cluster) -> None:
+    """Makes the data folder. initdb takes seconds, so it runs once a run and version, and what it made is copied."""
+    if (shared := os.environ.get(_FOLDER)) is None:
+        return  # outside of pytest: initdb runs when the server is started
+    made = Path(shared) / f"pg{version}"
+    with (Path(shared) / f"pg{version}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        Cluster(made, binaries(version)).init()
+    subprocess.run(["cp", "-a", str(made), str(cluster.data_dir)], check=True)
+
+
 @contextlib.contextmanager
 def running_cluster(version: int, *, settings: dict[str, str] | None = None, hba: list[str] | None = None,
                     durable: bool = False) -> Iterator[Cluster]:
@@ -53,6 +77,7 @@ def running_cluster(version: int, *, settings: dict[str, str] | None = None, hba
     cluster = Cluster(folder / "data", binaries(version), port=free_port(), settings={**base, **(settings or {})},
                       **({"hba": hba} if hba else {}))
     try:
+        copy_of_a_new_one(version, cluster)
         cluster.start()
         yield cluster
     finally:
