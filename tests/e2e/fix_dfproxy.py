@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
 
-from tests.fix_postgres import Database, free_port
+from proxy.embedded import Cluster
+from tests.fix_postgres import Database, free_port, fresh_database, versions
 
 READY = re.compile(r"dfproxy ready on (\S+):(\d+)")
 
@@ -116,15 +117,56 @@ class Through:
             return str(row[0])
 
 
-@pytest.fixture
-def through(database: Database) -> Iterator[Through]:
-    """A proxy in front of a fresh database, on each version of PostgreSQL."""
-    with running_proxy(database.dsn()) as proxy:
+@contextlib.contextmanager
+def through_a_proxy(cluster: Cluster, version: int) -> Iterator[Through]:
+    """A proxy of one's own in front of a fresh database, for tests that kill or stop it."""
+    with fresh_database(cluster, version) as database, running_proxy(database.dsn()) as proxy:
         yield Through(proxy, database)
 
 
+@pytest.fixture(scope="session")
+def _kept(_all_clusters: dict[int, Cluster]) -> Iterator[Callable[[int], Through]]:
+    """One proxy in front of one database for each version: starting them takes longer than most tests."""
+    made: dict[int, Through] = {}
+    with contextlib.ExitStack() as stack:
+
+        def get(version: int) -> Through:
+            if version not in made:
+                made[version] = stack.enter_context(through_a_proxy(_all_clusters[version], version))
+            return made[version]
+
+        yield get
+
+
+#: Takes away what a test has left: workflows, variables, and everything in schema public.
+_CLEAN = """
+SELECT df.delete_instance(id, force => true) FROM duroxide.instances;
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+ WHERE datname = current_database() AND application_name = 'dfproxy:step' AND state <> 'idle';
+DELETE FROM duroxide.vars;
+DROP SCHEMA public CASCADE;
+CREATE SCHEMA public AUTHORIZATION pg_database_owner;
+GRANT USAGE ON SCHEMA public TO PUBLIC;
+"""
+
+
+def _cleaned(through: Through) -> Iterator[Through]:
+    yield through
+    assert through.proxy.process is not None
+    assert through.proxy.process.poll() is None, f"the proxy that tests share has ended:\n{through.proxy.log.read_text()[-4000:]}"
+    with psycopg.connect(through.database.superuser_dsn, autocommit=True) as c:
+        c.execute("SET client_min_messages = warning")
+        for statement in _CLEAN.split(";"):
+            c.execute(statement)  # type: ignore[call-overload]
+
+
 @pytest.fixture
-def through18(database18: Database) -> Iterator[Through]:
-    """A proxy in front of a fresh database on the newest version."""
-    with running_proxy(database18.dsn()) as proxy:
-        yield Through(proxy, database18)
+def through(_kept: Callable[[int], Through], pg_version: int) -> Iterator[Through]:
+    """A proxy in front of a database with nothing of one's own in it, on each version of PostgreSQL."""
+    yield from _cleaned(_kept(pg_version))
+
+
+@pytest.fixture
+def through18(_kept: Callable[[int], Through]) -> Iterator[Through]:
+    """The same on the newest version only."""
+    yield from _cleaned(_kept(versions()[0]))

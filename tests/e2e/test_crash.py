@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 
 import psycopg
 import pytest
 
-from tests.e2e.fix_dfproxy import Proxy, Through, running_proxy
+from proxy.embedded import Cluster
+from tests.e2e.fix_dfproxy import Proxy, Through, running_proxy, through_a_proxy
 from tests.fix_postgres import fresh_database, running_cluster, versions
 
 DOCUMENTS = 10_000
@@ -28,6 +30,13 @@ SELECT df.start(df.loop(
 AUDIT = """
 SELECT (SELECT count(*) FROM documents WHERE processed), (SELECT count(*) FROM log), (SELECT count(DISTINCT document) FROM log)
 """
+
+
+@pytest.fixture
+def through18(cluster18: Cluster) -> Iterator[Through]:
+    """A proxy of the test's own, to be killed."""
+    with through_a_proxy(cluster18, versions()[0]) as through:
+        yield through
 
 
 def run_to_end(dsn: str, instance: str, seconds: float = 90) -> str:
