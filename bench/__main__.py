@@ -1,118 +1,74 @@
-"""`make bench`: how fast dfproxy is beside the server itself, in one run on one machine.
+"""`make bench`, or `python -m bench [GROUP ...]`: how fast dfproxy is beside yardsticks of the same run.
 
-Everything embedded and temporary. Ratios are medians of interleaved repeats; absolute figures tell of the machine.
+Everything is temporary. Ratios are medians of interleaved repeats; absolute figures tell of the machine.
+docs/performance.md says how to read the table.
 """
 
 from __future__ import annotations
 
-import asyncio
+import datetime
 import os
 import platform
-import re
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import psycopg
-
+import bench.passthrough
 import proxy
-from proxy.demo import Served
-from proxy.local import APP_ROLE, DATABASE, LocalServer
+from bench.stage import Stage, stage
+from bench.table import HEADER, Row, line, save
 
-SECONDS = 4
-REPEATS = 3
-CLIENTS = 8
-WORKFLOWS = 500
-
-STATE = """
-CREATE TABLE hits (id int PRIMARY KEY, n int NOT NULL DEFAULT 0);
-INSERT INTO hits SELECT n FROM generate_series(1, 1000) n;
-CREATE TABLE checkpoints (instance int, node int, result text, at timestamptz DEFAULT now());
-"""
-#: One step's transaction, as the engine runs it, without an engine.
-STEP = """\\set id random(1, 1000)
-BEGIN;
-UPDATE hits SET n = n + 1 WHERE id = :id;
-INSERT INTO checkpoints (instance, node, result) VALUES (:id, 1, '{"rows":[],"row_count":0}');
-COMMIT;
-"""
-START = """SELECT df.start(df.seq(df.seq('UPDATE hits SET n = n + 1 WHERE id = ' || n %% 1000 + 1,
-                                        'UPDATE hits SET n = n + 1 WHERE id = ' || (n + 333) %% 1000 + 1),
-                                 'UPDATE hits SET n = n + 1 WHERE id = ' || (n + 666) %% 1000 + 1))
-             FROM generate_series(1, %s) n"""
+GROUPS: dict[str, Callable[[Stage], Iterator[Row]]] = {
+    "passthrough": bench.passthrough.run,
+}
+RESULTS = Path(__file__).parent / "results" / "latest.json"
 
 
-def pgbench(local: LocalServer, uri: str, *arguments: str) -> float:
-    """Transactions a second of a pgbench run."""
-    out = subprocess.run([str(local.cluster.bin_dir / "pgbench"), "-n", "-T", str(SECONDS), "-c", str(CLIENTS),
-                          "-j", "2", *arguments, uri], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"tps = ([\d.]+)", out)
-    assert found is not None, out
-    return float(found[1])
+def machine(made: Stage) -> dict[str, Any]:
+    """Where this is, and what runs."""
+    return {
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0], "processor": _processor(), "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(), "uvloop": version("uvloop"), "postgresql": made.version,
+        "dfproxy": proxy.__version__,
+    }
 
 
-def interleaved(*measures: Callable[[], float]) -> list[float]:
-    """The median of each measure, taken in turns so that a slow moment of the machine hits all."""
-    rounds = [[measure() for measure in measures] for _ in range(REPEATS)]
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
-
-
-def steps_a_second(uri: str) -> float:
-    """Three-step workflows, all started in one statement, to the end of the last one."""
-    with psycopg.connect(uri, autocommit=True) as c:
-        began = time.monotonic()
-        c.execute(START, (WORKFLOWS,))
-        left = "SELECT count(*) FROM df.instances WHERE status IN ('pending', 'running')"
-        while c.execute(left).fetchone() != (0,):
-            time.sleep(0.02)
-        return 3 * WORKFLOWS / (time.monotonic() - began)
-
-
-def run(local: LocalServer, folder: Path) -> None:
-    """Measures and prints the table."""
-    served = Served(local.upstream, folder)
-    served.start()
+def _processor() -> str:
     try:
-        asyncio.run(local.grant())
-        through = local.app_uri("127.0.0.1", served.port)
-        # The socket that the proxy itself uses: what is left when the proxy is taken away.
-        password = through.split(":", 2)[2].partition("@")[0]
-        direct = f"postgresql://{APP_ROLE}:{password}@/{DATABASE}?host={local.cluster.socket_dir}&port=5432"
-        with psycopg.connect(through, autocommit=True) as c:
-            c.execute(STATE)
-        subprocess.run([str(local.cluster.bin_dir / "pgbench"), "-i", "-q", through], check=True, capture_output=True)
-        script = folder / "step.sql"
-        script.write_text(STEP)
-        print(f"dfproxy {proxy.__version__}, Python {platform.python_version()}, {os.cpu_count()} CPUs, "
-              f"PostgreSQL {local.version}; {CLIENTS} clients, {REPEATS} x {SECONDS} s")
-        print(f"{'what':<44}{'dfproxy':>10}{'yardstick':>12}{'ratio':>8}")
-        for name, mode in (("pgbench -S, simple", "simple"), ("pgbench -S, prepared", "prepared")):
-            ours, theirs = interleaved(lambda m=mode: pgbench(local, through, "-S", "-M", m),  # type: ignore[misc]
-                                       lambda m=mode: pgbench(local, direct, "-S", "-M", m))  # type: ignore[misc]
-            print(f"{name + ' (tps; direct)':<44}{ours:>10,.0f}{theirs:>12,.0f}{ours / theirs:>8.2f}")
-        ours, theirs = interleaved(lambda: steps_a_second(through),
-                                   lambda: pgbench(local, direct, "-M", "prepared", "-f", str(script)))
-        print(f"{'steps (1/s; such transactions by pgbench)':<44}{ours:>10,.0f}{theirs:>12,.0f}{ours / theirs:>8.2f}")
-    finally:
-        served.stop()
+        names = [text.partition(":")[2].strip() for text in Path("/proc/cpuinfo").read_text().splitlines()
+                 if text.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
-async def main() -> int:
-    with tempfile.TemporaryDirectory(prefix="dfproxy-bench-") as name:
-        folder = Path(name)
-        os.chmod(folder, 0o711)
-        local = LocalServer(folder / "data")
-        try:
-            await local.start()
-            await asyncio.to_thread(run, local, folder)
-        finally:
-            await local.stop()
+def main(wanted: list[str]) -> int:
+    """Runs the groups, prints each row as soon as it is there, and keeps them all."""
+    if unknown := [name for name in wanted if name not in GROUPS]:
+        print(f"no such group: {', '.join(unknown)}; there are: {', '.join(GROUPS)}", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    found: dict[str, list[Row]] = {}
+    with stage() as made:
+        about = machine(made)
+        print(", ".join(f"{k} {v}" for k, v in about.items()))
+        for name in wanted or list(GROUPS):
+            print(f"\n{name}\n{HEADER}", flush=True)
+            rows = found[name] = []
+            for row in GROUPS[name](made):
+                rows.append(row)
+                print(line(row), flush=True)
+    about["seconds"] = round(time.monotonic() - began)
+    save(RESULTS, about, found)
+    missed = [row for rows in found.values() for row in rows if row.met is False]
+    print(f"\n{about['seconds']} s; {len(missed)} of {sum(row.met is not None for r in found.values() for row in r)}"
+          f" figures short of their reach; all in {RESULTS}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,50 @@
+"""Pass-through: `pgbench -S` through dfproxy, PgBouncer and an echo relay, in front of the same server."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator
+
+from bench.measure import interleaved, median
+from bench.stage import NO_PGBOUNCER, Program, Run, Stage
+from bench.table import Reach, Row
+
+MODES = ("simple", "extended", "prepared")
+#: Clients, and transactions of each in one run.
+CLIENTS = {1: 5000, 8: 1500, 32: 400}
+REPEATS = 3
+
+
+def run(stage: Stage) -> Iterator[Row]:
+    """Yields the rows, cell by cell."""
+    subprocess.run([str(stage.cluster.bin_dir / "pgbench"), "-i", "-q", "-s", "10", stage.uri()], check=True,
+                   capture_output=True)
+    with contextlib.ExitStack() as stack:
+        ours = stack.enter_context(stage.dfproxy())
+        twice = stack.enter_context(stage.dfproxy("dfproxy of two processes", "--processes", "2"))
+        echo = stack.enter_context(stage.echo())
+        bouncer = stack.enter_context(stage.pgbouncer())
+        programs = [stage.direct, echo, ours, twice, *([bouncer] if bouncer is not None else [])]
+        for mode in MODES:
+            for clients in CLIENTS:
+                yield from _cell(stage, programs, mode, clients)
+
+
+def _cell(stage: Stage, programs: list[Program], mode: str, clients: int) -> Iterator[Row]:
+    def one(program: Program) -> Run:
+        return stage.pgbench(program, "-S", "-M", mode, clients=clients, transactions=CLIENTS[clients])
+
+    taken = interleaved(REPEATS, [lambda p=p: one(p) for p in programs])  # type: ignore[misc]
+    found = {p.name: runs for p, runs in zip(programs, taken, strict=True)}
+    tps = {name: median([r.tps for r in runs]) for name, runs in found.items()}
+    cpu = {name: median([r.microseconds for r in runs]) for name, runs in found.items() if name != "direct"}
+    where = f"{mode}, {clients} client{'s' if clients > 1 else ''}"
+    details = {"tps": tps, "cpu": cpu}
+    bouncer = tps.get("PgBouncer")
+    note = "" if bouncer else NO_PGBOUNCER
+    yield Row(f"-S {where}", "tps", tps["dfproxy"], "PgBouncer", bouncer, Reach(0.9), note, details)
+    yield Row(f"-S {where}, 2 processes", "tps", tps["dfproxy of two processes"], "PgBouncer", bouncer, Reach(1.0),
+              note)
+    yield Row(f"-S {where}", "us CPU", cpu["dfproxy"], "echo relay", cpu["echo relay"], Reach(1.3, most=True),
+              f"PgBouncer {cpu['PgBouncer']:.1f} us CPU; direct {tps['direct']:,.0f} tps" if bouncer else "")
