@@ -34,7 +34,7 @@ from dsl.sourcemap import CLOSE, OPEN, REPLACE, Edit, SourceMap, apply
 from dsl.substitute import references
 from dsl.surface import FUNCTIONS
 
-__all__ = ["CompileError", "CompileWarning", "Compiled", "compile_sql", "mentions_dsl"]
+__all__ = ["CompileError", "CompileWarning", "Compiled", "compile_sql", "mentions_dsl", "might_mention_dsl"]
 
 #: Bodies within bodies (DO in a function in DO ...) are looked into this deep: each level reads its text again.
 MAX_BODY_DEPTH = 24
@@ -49,25 +49,39 @@ _NO_OPERAND_WORD = re.compile(
 _BEFORE_LOOP = 64
 
 
+def might_mention_dsl(data: bytes) -> bool:
+    """Whether anything in `data`, which may be whole messages with many texts, needs `mentions_dsl`: False is final.
+
+    Searches that run at memory speed, on every byte that clients send: every way to mention the DSL has a `>`, a `df`
+    or `pg_durable` in it. `find`, since `in` first tries whether its operand is a number, by raising an exception.
+    """
+    if data.find(b">") >= 0:
+        return True
+    lower = data.lower()
+    return lower.find(b"df") >= 0 or lower.find(b"pg_durable") >= 0
+
+
 def mentions_dsl(statement: bytes) -> bool:
-    """Whether the statement may be ours: a byte search, run on every statement of every client.
+    """Whether the statement may be ours: a byte search.
 
     True too often costs a tokenisation, False is final. `&` and `|` alone never count: only calls of df functions
     give them a meaning here. Plain substring searches come first, for they are much faster than a pattern.
     """
-    if b"~>" in statement or b"?>" in statement or b"!>" in statement or b"|=>" in statement:
+    if not might_mention_dsl(statement):
+        return False
+    find = statement.find
+    if find(b"~>") >= 0 or find(b"?>") >= 0 or find(b"!>") >= 0 or find(b"|=>") >= 0:
         return True
     lower = statement.lower()
-    if b"df" in lower and _DF_CALL.search(lower) is not None:
+    find = lower.find
+    if (find(b"df") >= 0 and _DF_CALL.search(lower) is not None) or find(b"pg_durable") >= 0:
         return True
-    if b"pg_durable" in lower:
-        return True
-    at = lower.find(b"@>")
+    at = find(b"@>")
     while at >= 0:
         before = lower[max(0, at - _BEFORE_LOOP) : at].rstrip(b" \t\r\n\f\v")
         if not before or before[-1] in _NO_OPERAND or _NO_OPERAND_WORD.search(before, max(0, len(before) - 12)):
             return True
-        at = lower.find(b"@>", at + 2)
+        at = find(b"@>", at + 2)
     return False
 
 

@@ -46,7 +46,7 @@ class Leg(asyncio.Protocol):
     """One connection. Its owner sets the `on_…` callables, which run on the event loop and must not raise."""
 
     def __init__(self, high_water: int = DEFAULT_HIGH_WATER) -> None:
-        self.on_data: Callable[[bytes], None] = _ignore_data
+        self._on_data: Callable[[bytes], None] = _ignore_data
         self.on_eof: Callable[[], None] = _ignore
         self.on_lost: Callable[[], None] = _ignore
         self.on_full: Callable[[], None] = _ignore
@@ -67,15 +67,25 @@ class Leg(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=self._high_water, low=self._high_water // 4)
         tune(self._transport)
+        self._shorten()
         if self._holds:
             self._transport.pause_reading()
 
     def data_received(self, data: bytes) -> None:
         if self.tls is None:
-            self.on_data(data)
+            self._on_data(data)
         else:
             self.tls.feed(data)
             self._decrypt(self.tls)
+
+    def _shorten(self) -> None:
+        """Has the transport call the owner itself, while there is nothing to decrypt; else `data_received`."""
+        if self.tls is None:
+            vars(self)["data_received"] = self._on_data
+        else:
+            vars(self).pop("data_received", None)
+        if self._transport is not None:
+            self._transport.set_protocol(self)  # it keeps the method that it has found once
 
     def eof_received(self) -> bool:
         if self._handshake is not None and not self._handshake.done():
@@ -116,6 +126,7 @@ class Leg(asyncio.Protocol):
             raise ConnectionResetError("the connection was closed before the TLS handshake")
         self._handshake = asyncio.get_running_loop().create_future()
         self.tls = TlsStream(context, server_side=server_side, server_hostname=server_hostname)
+        self._shorten()
         self.tls.feed(received)
         self._decrypt(self.tls)
         await self._handshake
@@ -141,7 +152,7 @@ class Leg(asyncio.Protocol):
             self._broken(e)
             return
         if plain:
-            self.on_data(plain)
+            self._on_data(plain)
         if tls.ended:
             self._end()
 
@@ -160,6 +171,16 @@ class Leg(asyncio.Protocol):
             cast(asyncio.Transport, self._transport).write(data)
 
     # --- what the owner calls ---
+
+    @property
+    def on_data(self) -> Callable[[bytes], None]:
+        """What gets the data."""
+        return self._on_data
+
+    @on_data.setter
+    def on_data(self, callback: Callable[[bytes], None]) -> None:
+        self._on_data = callback
+        self._shorten()
 
     @property
     def peer(self) -> str:

@@ -60,25 +60,33 @@ class Dialect:
     standard_conforming_strings: bool = True
 
 
+def _always(_: bytes) -> bool:
+    return True
+
+
 class Rewriter:
     """Rewrites statements for all sessions of a process.
 
-    `mentions` and `compile_` are those of dsl.compiler unless given. `cache_size` counts statements.
+    `mentions` and `compile_` are those of dsl.compiler unless given. `cache_size` counts statements. `might` searches
+    whole messages quickly for what may be a mention; where it says no, `mentions` is not asked.
     """
 
     def __init__(
         self,
         *,
         mentions: Callable[[bytes], bool] | None = None,
+        might: Callable[[bytes], bool] | None = None,
         compile_: Compile | None = None,
         cache_size: int = 1024,
     ) -> None:
         if mentions is None or compile_ is None:
             from dsl import compiler
 
-            mentions = mentions or compiler.mentions_dsl
+            if mentions is None:
+                mentions, might = compiler.mentions_dsl, compiler.might_mention_dsl
             compile_ = compile_ or compiler.compile_sql
         self.mentions = mentions
+        self.might = might if might is not None else _always
         self._compile = compile_
         self._cached = lru_cache(maxsize=cache_size)(self._rewrite)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="dfproxy-compile")

@@ -95,9 +95,9 @@ _PARSE: Final = int(Frontend.PARSE)
 _EXECUTE: Final = int(Frontend.EXECUTE)
 _PASSWORD: Final = int(Frontend.PASSWORD)
 _SYNC: Final = int(Frontend.SYNC)
-#: What may stand in a batch besides Parse and Sync.
-_BATCHED: Final = frozenset(
-    int(t) for t in (Frontend.BIND, Frontend.DESCRIBE, Frontend.EXECUTE, Frontend.CLOSE, Frontend.FLUSH))
+#: What may stand in a batch besides Sync.
+_BATCHED: Final = frozenset(int(t) for t in (
+    Frontend.PARSE, Frontend.BIND, Frontend.DESCRIBE, Frontend.EXECUTE, Frontend.CLOSE, Frontend.FLUSH))
 _HEADER: Final = struct.Struct(">BI")
 _READY_FOR_QUERY: Final = int(Backend.READY_FOR_QUERY)
 _BETWEEN_TRANSACTIONS: Final = int(TransactionStatus.IDLE)
@@ -192,6 +192,7 @@ class Session:
         self._concerned = False  # df was mentioned at all
         self._status: int | None = None
         self._ready = False  # the first ReadyForQuery has come
+        self._quiet = False  # what `_settled` said when the last reply ended; nothing has come since
         self._parameters = {"client_encoding": "UTF8", "server_encoding": "UTF8", "standard_conforming_strings": "on"}
         self._codec: str | None = "utf_8"  # of the client's texts
         self._dialect = Dialect()
@@ -284,6 +285,7 @@ class Session:
     def stir(self) -> None:
         """Notes that something happened."""
         self._stirred = asyncio.get_running_loop().time()
+        self._quiet = False
 
     def quiet_since(self, time: float) -> bool:
         """Whether the session has nothing to do, and had nothing since a moment of the loop's clock.
@@ -484,14 +486,17 @@ class Session:
     # --- client to server ---
 
     def _to_server(self, data: bytes) -> None:
+        if self._quiet and self._passes(data):
+            return
+        self._quiet = False
         if self._host.draining:
             self.stir()
         if self._unread:
             self._unread.append(self._up.feed(data))
-        elif not (self._ready and self._passes(data)):
-            if self._ready:
-                self._down.modes = _READY
-            self._forward(self._up.feed(data))
+            return
+        if self._ready:
+            self._down.modes = _READY
+        self._forward(self._up.feed(data))
 
     def _passes(self, data: bytes) -> bool:
         """Sends on a request that nothing has to be done about, which is most of what clients send.
@@ -500,41 +505,55 @@ class Session:
         way and no prepared statement that mentions df. False: it has to be looked at message by message.
         """
         size = len(data)
-        conversation = self._conversation
-        if (size > INLINE_LIMIT or size < 5 or self._statements or self._portals or not conversation.idle
-                or not self._up.at_boundary or self._server is None):
+        if not 5 <= size <= INLINE_LIMIT:
             return False
-        if data[0] == _QUERY:
-            if int.from_bytes(data[1:5], "big") != size - 1 or self._host.rewriter.mentions(data[5:-1]):
+        type_, length = _HEADER.unpack_from(data)
+        rewriter = self._host.rewriter
+        suspect = rewriter.might(data)
+        if type_ == _QUERY:
+            if length != size - 1 or (suspect and rewriter.mentions(data[5:-1])):
                 return False
-            conversation.sent_alone(_QUERY)
-        elif self._is_batch(data, size):
-            conversation.sent_alone(BATCH)
+        elif self._is_batch(data, size, suspect):
+            type_ = BATCH
         else:
             return False
+        self._quiet = False
+        self._conversation.sent_alone(type_)
         self._down.modes = _PLAIN
+        assert self._server is not None
         self._server.send(data)
         return True
 
-    def _is_batch(self, data: bytes, size: int) -> bool:
-        """Whether the data is a whole batch that ends with its only Sync and prepares nothing that mentions df."""
+    def _is_batch(self, data: bytes, size: int, suspect: bool) -> bool:
+        """Whether the data is a whole batch that ends with its only Sync and prepares nothing that mentions df.
+
+        `suspect`: there is something in it that might be a mention.
+        """
         position = 0
+        unpack, batched = _HEADER.unpack_from, _BATCHED
         while size - position >= 5:
-            type_, length = _HEADER.unpack_from(data, position)
+            type_, length = unpack(data, position)
             end = position + 1 + length
             if length < 4 or end > size:
                 return False
-            if type_ == _PARSE:
+            if type_ == _SYNC:
+                return bool(end == size)
+            if type_ not in batched:
+                return False
+            if suspect and type_ == _PARSE:
                 name = data.find(0, position + 5, end)
                 statement = data.find(0, name + 1, end)
                 if name < 0 or statement < 0 or self._host.rewriter.mentions(data[name + 1 : statement]):
                     return False
-            elif type_ == _SYNC:
-                return bool(end == size)
-            elif type_ not in _BATCHED:
-                return False
             position = end
         return False
+
+    def _settled(self) -> bool:
+        """Whether the next request may go straight on, if it has nothing of interest: nothing else is on its way."""
+        return (
+            self._ready and not self._statements and not self._portals and not self._unread
+            and not self._host.draining and self._conversation.idle and self._up.at_boundary
+        )
 
     def _forward(self, items: Iterator[Item]) -> None:
         """Sends on what the client sent, up to a statement that is too large to compile here and now."""
@@ -647,6 +666,7 @@ class Session:
             if last:
                 self._conversation.finished()
                 self._between(data[-1])
+                self._quiet = not self._host.draining
             if self._host.draining:
                 self._drain()
             return
@@ -695,6 +715,7 @@ class Session:
                 self._touched = True
             self._between(backend.transaction_status(payload))
             if self._ready:
+                self._quiet = self._settled()
                 return frame.encode()
         match frame.type:
             case Backend.AUTHENTICATION:
@@ -712,6 +733,7 @@ class Session:
         if not self._ready and self._advance(server_event(frame.type)) is Phase.READY:
             self._ready = True
             self._down.modes = _READY
+            self._quiet = self._settled()
         return frame.encode() if payload is frame.payload else build.message(frame.type, payload)
 
     def _advance(self, event: Event) -> Phase:

@@ -117,7 +117,7 @@ def running_proxy(upstream: str, *, rewriter: Rewriter | None = None, port: int 
         server = ProxyServer(
             ProxyConfig(upstream=upstream, port=port, **config),
             on_commit=lambda: commits.append(1),
-            rewriter=rewriter or Rewriter(mentions=mentions_stub, compile_=compile_stub),
+            rewriter=rewriter or Rewriter(mentions=mentions_stub, might=mentions_stub, compile_=compile_stub),
         )
         guessed: list[int] = []
         if not guesses:
