@@ -16,13 +16,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import bench.passthrough
 import proxy
+from bench import bulk, connections, growth, passthrough, start, statements, steps
 from bench.stage import Stage, stage
 from bench.table import HEADER, Row, line, save
 
 GROUPS: dict[str, Callable[[Stage], Iterator[Row]]] = {
-    "passthrough": bench.passthrough.run,
+    "passthrough": passthrough.run, "statements": statements.run, "bulk": bulk.run, "connections": connections.run,
+    "steps": steps.run, "start": start.run, "growth": growth.run,
 }
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 

@@ -48,11 +48,13 @@ class Program:
     name: str
     process: psutil.Process
     port: int = 0
+    user: str = APP
+    database: str = DATABASE
 
     @property
     def uri(self) -> str:
-        """For clients that log in as the application."""
-        return f"postgresql://{APP}:{PASSWORD}@127.0.0.1:{self.port}/{DATABASE}"
+        """For clients, which log in as the application unless `user` says otherwise."""
+        return f"postgresql://{self.user}:{PASSWORD}@127.0.0.1:{self.port}/{self.database}"
 
     def _family(self) -> list[psutil.Process]:
         return [self.process, *self.process.children(recursive=True)]
@@ -105,6 +107,21 @@ class Stage:
         cpu = program.cpu() - before
         return Run(_said(r"tps = ([\d.]+)", out), round(_said(r"actually processed: (\d+)", out)), cpu,
                    _said(r"latency average = ([\d.]+) ms", out))
+
+    def grant(self, database: str = DATABASE) -> None:
+        """Lets the application use df.*; dfproxy has installed its schemas."""
+        with self.admin(database) as c:
+            c.execute(f"SELECT df.grant_usage('{APP}', with_grant => true)")
+
+    def server_cpu(self) -> float:
+        """Seconds of CPU time that the server has used, in all its processes, those that have ended included."""
+        process = psutil.Process(self.direct.process.pid)
+        times = process.cpu_times()
+        spent = sum(times[:4])  # its own, and its children's that it has seen end
+        for child in process.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                spent += sum(child.cpu_times()[:2])
+        return float(spent)
 
     # -- programs in between ------------------------------------------------------------------------------
 

@@ -1,0 +1,79 @@
+"""Step throughput, commits and round trips for a step; one worker process, and two.
+
+2,000 workflows of three UPDATE steps, 32 at a time, against pgbench with 32 clients running the transaction that one
+step is. The worker and the server are separate processes, and both are counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+from bench import flows
+from bench.measure import interleaved, median, middle_ratio
+from bench.stage import DATABASE, Program, Run, Stage
+from bench.table import Reach, Row
+from bench.turns import Counter
+
+WORKFLOWS, AT_A_TIME, REPEATS = 2000, 32, 3
+#: Of the run that is counted, not timed.
+COUNTED = 500
+
+
+def run(stage: Stage) -> Iterator[Row]:
+    """Yields the rows."""
+    with _worker(stage):
+        flows.prepare(stage)
+    script = flows.step_script(stage)
+    yardstick = replace(stage.direct, user=flows.LOGIN)
+
+    def pgbench() -> Run:
+        return stage.pgbench(yardstick, "-M", "prepared", "-f", script, clients=AT_A_TIME, transactions=100)
+
+    def ours(workers: int) -> tuple[float, float, float]:
+        with contextlib.ExitStack() as stack:
+            programs: list[Program] = [stack.enter_context(_worker(stage, AT_A_TIME // workers))
+                                       for _ in range(workers)]
+            flows.rate(stage, 50)  # sessions are opened, caches filled
+            before, server = sum(p.cpu() for p in programs), stage.server_cpu()
+            rate = flows.rate(stage, WORKFLOWS)
+            return (rate, (sum(p.cpu() for p in programs) - before) / WORKFLOWS / 3 * 1e6,
+                    (stage.server_cpu() - server) / WORKFLOWS / 3 * 1e6)
+
+    one, two, bench = interleaved(REPEATS, [lambda: ours(1), lambda: ours(2), pgbench])
+    tps = [r.tps for r in bench]  # type: ignore[attr-defined]
+    for name, runs, reach in (("one worker process", one, Reach(0.5)), ("two worker processes", two, Reach(0.5))):
+        rates = [r[0] for r in runs]  # type: ignore[index]
+        ratio = middle_ratio(rates, tps)
+        worker, server = (median([r[i] for r in runs]) for i in (1, 2))  # type: ignore[index]
+        yield Row(f"steps, {name}", "1/s", median(rates), "pgbench, prepared", median(rates) / ratio, reach,
+                  f"CPU a step: worker {worker:.0f} us, PostgreSQL {server:.0f} us",
+                  {"ours": runs, "pgbench": tps})
+    yield from _counted(stage)
+
+
+def _worker(stage: Stage, at_a_time: int = AT_A_TIME,
+            port: int | None = None) -> contextlib.AbstractContextManager[Program]:
+    return stage.dfproxy("worker", command="worker", upstream_port=port, max_user_connections=at_a_time)
+
+
+def _counted(stage: Stage) -> Iterator[Row]:
+    """Commits as the server counts them, and round trips of the sessions that run steps, seen from in between."""
+    with Counter(stage.port) as counter, stage.admin() as c:
+        def commits() -> int:
+            row = c.execute("SELECT xact_commit FROM pg_stat_database WHERE datname = %s", (DATABASE,)).fetchone()
+            assert row is not None
+            return int(str(row[0]))
+
+        before = commits()
+        with _worker(stage, port=counter.port):
+            flows.rate(stage, COUNTED)
+        # Every session that counted has ended with the worker, and said what it did.
+        steps = 3 * COUNTED
+        done = commits() - before
+    yield Row("commits for a step", "all sessions", done / steps, "", None, Reach(1.1, most=True, of="figure"),
+              "with what finds the workflows and starts them")
+    yield Row("round trips for a step", "step sessions", counter.turns("dfproxy:step") / steps, "", None,
+              Reach(2.05, most=True, of="figure"),
+              f"other sessions of the worker: {counter.turns('dfproxy:control') / steps:.2f} for a step")
