@@ -128,12 +128,19 @@ def result_name(value: str) -> Fault | None:
     return None
 
 
-def schedule(expression: str, zone: str | None) -> Fault | None:
-    """The constants of df.wait_for_schedule."""
+def _schedule(value: str) -> Fault | None:
     try:
-        cron.check(expression, zone)
+        cron.check(value, None)
     except ValueError as fault:
         return str(fault), None, _INVALID
+    return None
+
+
+def _zone(value: str) -> Fault | None:
+    try:
+        cron.find_zone(value)
+    except ValueError as fault:
+        return str(fault), "SELECT name FROM pg_timezone_names lists them.", _INVALID
     return None
 
 
@@ -178,6 +185,8 @@ CONSTANTS: dict[tuple[str, str], Callable[[str], Fault | None]] = {
     ("as", "name"): result_name,
     ("step", "name"): result_name,
     ("sleep", "seconds"): _sleep,
+    ("wait_for_schedule", "cron_expr"): _schedule,
+    ("wait_for_schedule", "zone"): _zone,
     ("wait_for_signal", "name"): _signal_name,
     ("wait_for_signal", "timeout_seconds"): _timeout,
     ("signal", "signal_name"): _signal_name,

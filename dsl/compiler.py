@@ -514,9 +514,7 @@ class _Fragment:
                 fault = check(value)
                 if fault is not None:
                     self._fail(fault, self._first(argument))
-        if call.name == "wait_for_schedule":
-            self._check_schedule(named)
-        elif call.name in ("explain", "diagram") and len(arguments) == 1:
+        if call.name in ("explain", "diagram") and len(arguments) == 1:
             self._explain(arguments[0])
         elif call.name == "start":
             self._check_start(named["fut"])
@@ -525,14 +523,6 @@ class _Fragment:
     @staticmethod
     def _first(argument: Argument) -> int:
         return argument.first if argument.chain is None else argument.chain.operands[0].first
-
-    def _check_schedule(self, named: dict[str, Argument]) -> None:
-        expression = self._argument_constant(named["cron_expr"])
-        zone = self._argument_constant(named["zone"]) if "zone" in named else None
-        if expression is not None:
-            fault = checks.schedule(expression, zone)
-            if fault is not None:
-                self._fail(fault, self._first(named["cron_expr"]))
 
     def _check_start(self, argument: Argument) -> None:
         """What can be said of a workflow that is known as a whole."""

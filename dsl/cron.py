@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from importlib.resources import files
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
@@ -22,17 +23,21 @@ _NICKNAMES = {
 _LONG_NAMES = re.compile(
     r"\b(?:(SUN|MON|TUES|WEDNES|THURS|FRI|SATUR)DAY|(JAN|FEBR)UARY|(MAR)CH|(APR)IL|(JUNE)|(JULY)|(AUG)UST"
     r"|(SEPT)EMBER|(OCT)OBER|(NOV|DEC)EMBER)\b")
+#: What cronsim knows beyond the standard: the last day (L, LW, 5L), the second Monday (1#2).
+_EXTENSIONS = re.compile(r"#|(?<![A-Z])L")
 #: No clock has been put back by more, and none will be (days were repeated only in the nineteenth century).
 _LONGEST_REPEAT = timedelta(hours=3)
 _MINUTE = timedelta(minutes=1)
 
 
 def check(expression: str, zone: str | None) -> None:
-    """Raises ValueError `Invalid cron expression 'X': ...` if the expression or the zone is not valid, or never fires.
+    """Raises ValueError `Invalid cron expression 'X': ...` if it is not valid or never fires, `unknown time zone 'X'`.
 
     Five fields (minute, hour, day of month, month, day of week; 0-7, Sunday is 0 and 7), names of months and days,
-    lists, ranges, steps, `?` for `*` in the day fields, or a nickname. Zones are those of the tz database; None is UTC.
+    lists, ranges, steps, `?` for `*` in the day fields, or a nickname. Zones are those of the tz database, in whatever
+    case; None is UTC.
     """
+    find_zone(zone)
     next_fire(expression, zone, datetime(2024, 1, 1, tzinfo=UTC))
 
 
@@ -43,7 +48,7 @@ def next_fire(expression: str, zone: str | None, after: datetime) -> datetime:
     Otherwise wall-clock times count: a skipped one fires at the first valid instant, a repeated one the first time.
     """
     fields = _fields(expression)
-    tz = _zone(expression, zone)
+    tz = find_zone(zone)
     local = after.astimezone(tz)
     try:
         if len(CronSim(fields, local.replace(tzinfo=None)).hours) == 24:
@@ -104,17 +109,30 @@ def _fields(expression: str) -> str:
     for place in (2, 4):
         if parts[place] == "?":
             parts[place] = "*"
+    for part in parts:
+        if _EXTENSIONS.search(part):
+            raise _invalid(expression, f"'{part}' is no standard cron")
     parts[3:] = [_LONG_NAMES.sub(lambda m: m[0][:3], part) for part in parts[3:]]
     parts[4] = re.sub(r"-SUN\b", "-7", parts[4])  # MON-SUN
     return " ".join(parts)
 
 
 @lru_cache(maxsize=256)
-def _zone(expression: str, zone: str | None) -> ZoneInfo:
+def find_zone(zone: str | None) -> ZoneInfo:
+    """The zone of that name, in whatever case; None is UTC. Raises ValueError `unknown time zone 'X'`."""
     try:
         return ZoneInfo("UTC" if zone is None else zone)
     except (KeyError, ValueError, OSError):  # unknown; not a name; a directory of the tz database
-        raise _invalid(expression, f"unknown time zone '{zone}'") from None
+        name = _zones().get(zone.lower()) if zone is not None else None
+        if name is None:
+            raise ValueError(f"unknown time zone '{zone}'") from None
+        return ZoneInfo(name)
+
+
+@lru_cache(maxsize=1)
+def _zones() -> dict[str, str]:
+    """The names of all zones, by themselves in lower case."""
+    return {name.lower(): name for name in files("tzdata").joinpath("zones").read_text("ascii").split()}
 
 
 def _invalid(expression: str, reason: str) -> ValueError:

@@ -233,10 +233,12 @@ BEGIN
     RETURN '{"node_type":"SLEEP","query":"' || seconds || '"}';
 END $$;
 
--- The value of one item of a cron field (a number or a name), or NULL.
+-- The value of one item of a cron field (a number, or a name in full or its first three letters), or NULL.
 CREATE FUNCTION duroxide.cron_value(item text, names text[], base integer) RETURNS integer
 LANGUAGE sql IMMUTABLE
-RETURN CASE WHEN item ~ '^[0-9]{1,4}$' THEN item::integer ELSE array_position(names, lower(item)) - 1 + base END;
+RETURN CASE WHEN item ~ '^[0-9]{1,4}$' THEN item::integer
+            ELSE (SELECT n.i - 1 + base FROM unnest(names) WITH ORDINALITY AS n(name, i)
+                   WHERE lower(item) IN (n.name, left(n.name, 3))) END;
 
 -- What is wrong with a cron expression, or NULL: five fields with the standard Unix meaning, or a nickname (SURFACE Part I).
 CREATE FUNCTION duroxide.cron_fault(expression text) RETURNS text
@@ -266,8 +268,11 @@ BEGIN
                       CASE WHEN v_fields[1] = '' THEN 0 ELSE cardinality(v_fields) END);
     END IF;
     FOR i IN 1 .. 5 LOOP
-        v_names := CASE i WHEN 4 THEN '{jan,feb,mar,apr,may,jun,jul,aug,sep,oct,nov,dec}'
-                          WHEN 5 THEN '{sun,mon,tue,wed,thu,fri,sat}' ELSE '{}' END;
+        v_names := CASE i WHEN 4 THEN '{january,february,march,april,may,june,july,august,september,october,november,december}'
+                          WHEN 5 THEN '{sunday,monday,tuesday,wednesday,thursday,friday,saturday}' ELSE '{}' END;
+        IF i IN (3, 5) AND v_fields[i] = '?' THEN
+            v_fields[i] := '*';
+        END IF;
         FOREACH v_item IN ARRAY string_to_array(v_fields[i], ',') LOOP
             v_parts := regexp_match(v_item, '^(?:(\*)|([0-9]+|[a-z]+)(?:-([0-9]+|[a-z]+))?)(?:/([0-9]{1,4}))?$', 'i');
             IF v_parts IS NULL THEN
@@ -275,6 +280,7 @@ BEGIN
             END IF;
             v_from := COALESCE(duroxide.cron_value(v_parts[2], v_names, v_low[i]), CASE WHEN v_parts[1] = '*' THEN v_low[i] END);
             v_to := CASE WHEN v_parts[1] = '*' THEN v_high[i] WHEN v_parts[3] IS NULL THEN v_from
+                         WHEN i = 5 AND lower(v_parts[3]) IN ('sun', 'sunday') THEN 7
                          ELSE duroxide.cron_value(v_parts[3], v_names, v_low[i]) END;
             IF v_from IS NULL OR v_to IS NULL THEN
                 RETURN format('bad %s %L', v_labels[i], v_item);

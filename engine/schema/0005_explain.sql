@@ -187,7 +187,16 @@ BEGIN
                'Hint: DSL expressions use df.*() functions and operators like ~>, |=>, &, |.';
     END IF;
     PERFORM set_config('search_path', path, true);
-    EXECUTE 'SELECT ' || v_input INTO v_input;
+    BEGIN
+        EXECUTE 'SELECT ' || v_input INTO v_input;
+    EXCEPTION WHEN undefined_function OR ambiguous_function THEN
+        IF v_input !~ '~>|\|=>|\?>|!>|@>| [&|] ' THEN
+            RAISE;
+        END IF;
+        RAISE EXCEPTION USING ERRCODE = SQLSTATE, MESSAGE = SQLERRM,
+            HINT = 'The proxy reads operators where it sees them: give the expression itself, as in df.explain(''a'' ~> ''b''), '
+                   'or as a literal. In a parameter or a column, and without the proxy, functions do: df.seq(''a'', ''b'').';
+    END;
     PERFORM set_config('search_path', 'pg_catalog, pg_temp', true);
     IF v_input IS NULL THEN
         RETURN 'Expression returned NULL';

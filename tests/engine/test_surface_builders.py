@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dsl import cron
 from tests.engine.fix_surface import Connection, refused, value
@@ -167,10 +169,12 @@ def test_head_options_and_a_whole_url_reference_are_accepted(df: Connection) -> 
 
 
 CRON = ["* * * * *", "*/5 * * * *", "10-50/10 1,2 1 jan,FEB mon-fri", "0 0 29 2 *", "0 0 31 2 1", "5/7 * * * *", "0 0 * * 7", "@daily",
-        "@WEEKLY", " 0  9 * * 1-5 ", "59 23 31 12 0"]
+        "@WEEKLY", " 0  9 * * 1-5 ", "59 23 31 12 0", "0 0 ? * MON", "0 0 1 January ?", "0 0 * * Monday,Friday", "0 0 * * mon-sun",
+        "0 0 * * sat-Sunday", "0 0 * september-DEC/2 *"]
 BAD_CRON = ["", "* * * *", "* * * * * *", "60 * * * *", "* 24 * * *", "* * 0 * *", "* * * 13 *", "* * * * 8", "*/0 * * * *", "5-1 * * * *",
             "a * * * *", "mon * * * *", "* * * * mon-", "1,,2 * * * *", "0 0 30 2 *", "0 0 31 4,6,9,11 *", "@never", "-1 * * * *", "1.5 * * * *",
-            "* * * * *; DROP", "99999999999 * * * *"]
+            "* * * * *; DROP", "99999999999 * * * *", "? * * * *", "* * ?/2 * *", "* * * * mond", "* * * septembe *", "* * L * *", "* * * * 1#2",
+            "* * * * sun,?", "* * sun * *"]
 
 
 @pytest.mark.parametrize("expression", [*CRON, *BAD_CRON])
@@ -183,6 +187,24 @@ def test_cron_is_judged_as_the_engine_judges_it(df: Connection, expression: str)
     except ValueError:
         accepted = False
     assert accepted == (expression in CRON)
+
+
+ITEM = st.sampled_from([*"*?0123456789", "10", "12", "23", "31", "59", "60", "jan", "Dec", "MARCH", "sun", "Mon", "SATURDAY", "tues", "-1", "", "x"])
+FIELD = st.lists(st.builds("{}{}{}".format, ITEM, st.just("") | st.builds("-{}".format, ITEM), st.sampled_from(["", "", "", "/2", "/0", "/99", "/x"])),
+                 min_size=1, max_size=3).map(",".join)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(fields=st.lists(FIELD | st.sampled_from(["*", "1"]), min_size=4, max_size=6).flatmap(lambda f: st.just(f[:5]) | st.just(f)))
+def test_cron_is_judged_alike_whatever_it_is(df: Connection, fields: list[str]) -> None:
+    expression = " ".join(fields)
+    fault = value(df, "SELECT duroxide.cron_fault(%s)", expression)
+    try:
+        cron.check(expression, None)
+    except ValueError as e:
+        assert fault is not None, f"{expression}: {e}"
+    else:
+        assert fault is None, f"{expression}: {fault}"
 
 
 @pytest.mark.parametrize("node_type", ["THEN", "RACE"])

@@ -151,6 +151,13 @@ def test_errors_of_the_expression_are_the_servers_own(df: Connection) -> None:
     assert refused(df, "SELECT df.explain('df.nothing()')").sqlstate == "42883"
 
 
+def test_operators_that_the_proxy_did_not_see(df: Connection) -> None:
+    error = refused(df, "SELECT df.explain(%s)", "'a' ~> 'b'")
+    assert (error.sqlstate, error.message) == ("42883", "operator does not exist: unknown ~> unknown")
+    assert "df.seq" in (error.hint or "")
+    assert "df.seq" not in (refused(df, "SELECT df.explain(%s)", "df.nothing()").hint or "")
+
+
 def test_the_expression_is_evaluated_under_the_callers_search_path(df: Connection) -> None:
     df.execute("CREATE SCHEMA mine; CREATE FUNCTION mine.step_of_mine() RETURNS text LANGUAGE sql AS $$SELECT 'x'::text$$")
     df.execute("SET LOCAL search_path = mine")
