@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import json
 import re
 from collections.abc import Iterator
@@ -181,3 +183,72 @@ def test_numbers_survive(session: psycopg.Connection[Any], number: int, real: fl
     assert one(session, fill("SELECT $n.b, $n.r, $n.d, 0-$n.r, 1 - -$n.d", n=n)) == (number, real, decimal, -real, 1 + decimal)
     assert one(session, fill("SELECT b, r, d FROM $n.*", n=n)) == (number, real, decimal)
     assert one(session, fill("SELECT '$n.b'::bigint, '$n.r'::float8, '$n.d'::numeric", n=n)) == (number, real, decimal)
+
+
+def hexes(size: int) -> st.SearchStrategy[str]:
+    return st.binary(min_size=size, max_size=size).map(bytes.hex)
+
+
+def ranged(bounds: st.SearchStrategy[Any]) -> st.SearchStrategy[str]:
+    """A range's text from two bounds in either order, of every kind of bound."""
+    return st.builds(lambda a, b, left, right: f"{left}{min(a, b)},{max(a, b)}{right}" if left != "x" else "empty",
+                     bounds, bounds, st.sampled_from("[(x"), st.sampled_from("])"))
+
+
+PLAIN_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=12) | NASTY
+INTEGERS = {"smallint": 16, "integer": 32, "bigint": 64}
+FLOATS = st.floats(allow_nan=False, allow_infinity=False, allow_subnormal=False)
+DATES = st.dates()
+TIMES = st.times().map(str)
+STAMPS = st.datetimes(min_value=datetime.datetime(1, 1, 2)).map(str) | st.sampled_from(["infinity", "-infinity", "0044-03-15 12:00 BC", "12024-06-15 12:00"])
+OFFSETS = st.sampled_from(["", "+00", "-11:30", "+14"])
+NUMERICS = st.decimals(allow_nan=False, allow_infinity=False).filter(lambda d: abs(d.adjusted()) < 200).map(lambda d: f"{d:f}") | st.sampled_from(["NaN", "Infinity", "-0.00"])
+JSON_VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | PLAIN_TEXT.filter(lambda t: t.isprintable()),
+                           lambda inner: st.lists(inner, max_size=3) | st.dictionaries(PLAIN_TEXT.filter(str.isprintable), inner, max_size=3), max_leaves=5)
+#: Type -> texts that its input function takes: every built-in type of SURFACE 6.6 and Part I "Values".
+TYPED: dict[str, st.SearchStrategy[str]] = {
+    "boolean": st.sampled_from(["true", "false"]),
+    **{name: st.integers(-2**(bits - 1), 2**(bits - 1) - 1).map(str) for name, bits in INTEGERS.items()},
+    "real": st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=False).map(repr), "double precision": FLOATS.map(repr),
+    "numeric": NUMERICS, "numeric(12,3)": st.decimals(-10**8, 10**8, places=3).map(str), "money": st.integers(-10**15, 10**15).map(lambda n: f"{n / 100:.2f}"),
+    "text": PLAIN_TEXT, "character varying": PLAIN_TEXT, "character varying(30)": PLAIN_TEXT.map(lambda t: t[:30]), "character(8)": PLAIN_TEXT.map(lambda t: t[:8]),
+    "name": PLAIN_TEXT.map(lambda t: t[:15]), '"char"': st.characters(min_codepoint=33, max_codepoint=126), "bytea": st.binary(max_size=20).map(lambda b: "\\x" + b.hex()),
+    "uuid": st.uuids().map(str), "date": DATES.map(str) | st.sampled_from(["infinity", "-infinity", "0044-03-15 BC"]),
+    "time": TIMES, "time with time zone": st.builds("{}{}".format, TIMES, OFFSETS), "timestamp": STAMPS, "timestamp(3)": STAMPS,
+    "timestamp with time zone": STAMPS.map(lambda t: t if "inf" in t else t.replace(" BC", "+02 BC") if "BC" in t else t + "+02"),
+    "interval": st.builds("{} months {} days {} s".format, st.integers(-1200, 1200), st.integers(-999, 999), st.decimals(-10**6, 10**6, places=6)),
+    "jsonb": JSON_VALUES.filter(lambda v: v is not None).map(json.dumps), "inet": st.ip_addresses().map(str), "cidr": st.ip_addresses().map(lambda a: str(ipaddress.ip_network(a))),
+    "macaddr": hexes(6), "macaddr8": hexes(8), "bit(5)": st.text("01", min_size=5, max_size=5), "bit varying": st.text("01", max_size=9),
+    "int4range": ranged(st.integers(-10**6, 10**6)), "numrange": ranged(st.decimals(-10**6, 10**6, places=2)), "daterange": ranged(DATES),
+    "tstzrange": ranged(st.datetimes(min_value=datetime.datetime(1, 1, 2)).map(str)), "int8multirange": ranged(st.integers(-10**9, 10**9)).map("{{{}}}".format),
+    "oid": st.integers(0, 2**32 - 1).map(str), "pg_lsn": st.builds("{:X}/{:X}".format, st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)),
+    "regclass": st.sampled_from(["pg_class", "information_schema.tables"]), "regtype": st.sampled_from(["integer", "text[]"]), "xid8": st.integers(0, 2**63).map(str),
+    "tsvector": st.lists(st.text("abc", min_size=1, max_size=4), max_size=4).map(" ".join), "jsonpath": st.sampled_from(["$.a[*]", '$."x y" ? (@ > 1)']),
+    "point": st.builds("({!r},{!r})".format, FLOATS, FLOATS), "circle": st.builds("<({},{}),{}>".format, st.integers(-9, 9), st.integers(-9, 9), st.integers(0, 9)),
+}
+ARRAYS = ["integer", "text", "numeric", "timestamp with time zone", "uuid", "jsonb", "date", "boolean", "inet", "interval", "bytea", "double precision"]
+
+
+@st.composite
+def typed_values(draw: st.DrawFn) -> tuple[str, str]:
+    """A type, and an expression of it."""
+    name = draw(st.sampled_from([*TYPED, *(f"{t}[]" for t in ARRAYS)]))
+    quote = psycopg.sql.quote
+    if not name.endswith("[]"):
+        return name, f"{quote(draw(TYPED[name]))}::{name}"
+    items = draw(st.lists(st.none() | TYPED[name[:-2]], max_size=4))
+    return name, f"ARRAY[{', '.join('NULL' if i is None else f'{quote(i)}::{name[:-2]}' for i in items)}]::{name}"
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(typed_values(), min_size=1, max_size=12))
+def test_a_substituted_literal_is_the_value_for_every_type(session: psycopg.Connection[Any], values: list[tuple[str, str]]) -> None:
+    """As an operand, within a literal that is cast, and in a row set: the same text and the same type."""
+    expressions = [e for _, e in values]
+    n = run(session, "SELECT " + ", ".join(f"{e} AS c{i}" for i, e in enumerate(expressions)))
+    expected = one(session, "SELECT " + ", ".join(f"({e})::text, pg_typeof({e})::text" for e in expressions))
+    operands = one(session, fill("SELECT " + ", ".join(f"($n.c{i})::text, pg_typeof($n.c{i})::text" for i in range(len(values))), n=n))
+    assert tuple("text" if t == "unknown" else t for t in operands) == tuple("text" if t == "character varying" else t for t in expected)
+    assert one(session, fill("SELECT " + ", ".join(f"('$n.c{i}'::{t})::text" for i, (t, _) in enumerate(values)), n=n)) == expected[::2]
+    listed = one(session, fill("SELECT " + ", ".join(f"c{i}::text, pg_typeof(c{i})::text" for i in range(len(values))) + " FROM $n.*", n=n))
+    assert listed == expected
