@@ -166,7 +166,8 @@ ATOMS = st.sampled_from(
      "f[1]::text", "(n & 3)::text", "(f)[2]::text COLLATE \"C\"", "(SELECT q FROM t WHERE n & 2 = 2)",
      "coalesce(NULL, 'y' ~> 'z')", "df.seq('l', 'm' & 'n')", "text 'typed'", "CASE n WHEN 6 THEN 'six' ~> 'x' ELSE 'k' END",
      "max(q) OVER (PARTITION BY n)", "(ARRAY['g' ~> 'h', 'i'])[1]", "N'n'", "'w'\n'rapped'", "U&'\\0041'",
-     "('1' || '2')", "(n + 2 * f[1])::text"]
+     "('1' || '2')", "(n + 2 * f[1])::text", "$1", "$2::text", "df.if(then_branch => 'th' & q, condition => 'co', else_branch => @> 'el')",
+     "df.join(b => 'r', a => $q$ a $r$ ~> $r$ $q$)"]
 )  # fmt: skip
 NAMES = st.sampled_from(["'x'", "'y1'", "'_z'"])
 
@@ -205,26 +206,53 @@ def expressions(draw: st.DrawFn, depth: int = 3) -> str:
     return text
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(expression=expressions(), tail=st.sampled_from(["", " = 'x'", " IS NULL", " LIKE 'a' || '%'", " < 'b'"]))
-def test_means_the_same(server18: psycopg.Connection[tuple[str]], expression: str, tail: str) -> None:
-    call = "df.start(" + expression + ")" if not tail else f"df.start(({expression}{tail})::text)"
-    source = f"SELECT {call} FROM t"
+#: How a call stands in a statement. Functions are made first, and then called.
+CALLS = ["df.start({})"] * 3 + ["df.start(fut => {})", "df.start(label => 'x', fut => {})", "df.start(fut := {}, label := 'x' || q)"]
+BODIES = [
+    "CREATE OR REPLACE FUNCTION pg_temp.f() RETURNS text LANGUAGE plpgsql AS $body$ DECLARE r text; BEGIN r := ({}); RETURN r; END $body$",
+    "CREATE OR REPLACE FUNCTION pg_temp.f() RETURNS text LANGUAGE sql AS $body$ {} $body$",
+    "DO $a$ BEGIN EXECUTE $b$CREATE OR REPLACE FUNCTION pg_temp.f() RETURNS text LANGUAGE plpgsql AS $c$ BEGIN RETURN ({}); END $c$ $b$; END $a$",
+]
+
+
+def outcome(connection: psycopg.Connection[tuple[str]], statement: str, path: str, parameters: list[str]) -> str | None:
+    """What a statement yields; that of a body is what the function yields that it makes."""
+    connection.execute(f"SET search_path = {path}")
+    with psycopg.RawCursor(connection) as cursor:
+        cursor.execute(statement.encode(), parameters)
+        if cursor.description is None:
+            cursor.execute("SELECT pg_temp.f()")
+        row = cursor.fetchone()
+    assert row is not None
+    return row[0]
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(expression=expressions(), tail=st.sampled_from(["", " = 'x'", " IS NULL", " LIKE 'a' || '%'", " < 'b'"]),
+       call=st.sampled_from(CALLS), body=st.sampled_from([None, None, *BODIES]))
+def test_means_the_same(server18: psycopg.Connection[tuple[str]], expression: str, tail: str, call: str, body: str | None) -> None:
+    """In a statement, with parameters, with named arguments, in the body of a function and in one within a body."""
+    if body is not None:
+        expression = expression.replace("$1", "'p1'").replace("$2", "'p2'")
+    source = f"SELECT {call.format(expression if not tail else f'({expression}{tail})::text')} FROM t"
+    if body is not None:
+        source = body.format(source)
+    parameters = ["one", "two"][:2 if "$2" in source else 1 if "$1" in source else 0]
     compiled = compile_sql(source)
     if compiled is not None and compiled.error is not None:
         # The generator pairs ?> with !>, but `||` may come between in parentheses: PostgreSQL can't run those either.
         with pytest.raises(psycopg.Error):
-            value(server18, source, WITH_OPERATORS)
+            outcome(server18, source, WITH_OPERATORS, parameters)
         return
     text = source if compiled is None else compiled.sql
     try:
-        expected = value(server18, source, WITH_OPERATORS)
+        expected = outcome(server18, source, WITH_OPERATORS, parameters)
     except psycopg.Error:
         with pytest.raises(psycopg.Error):
-            value(server18, text, WITHOUT)
+            outcome(server18, text, WITHOUT, parameters)
         return
     try:
-        found = value(server18, text, WITHOUT)
+        found = outcome(server18, text, WITHOUT, parameters)
     except (psycopg.errors.UndefinedFunction, psycopg.errors.AmbiguousFunction) as error:
         # `'a' || (q & r)` and `('a' & q) = 'x'`: `&` alone is only ours where a future is expected.
         alone = re.search(r"operator (does not exist|is not unique): [\w ]+ [&|] \w+", str(error))

@@ -242,6 +242,7 @@ def typed_values(draw: st.DrawFn) -> tuple[str, str]:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(typed_values(), min_size=1, max_size=12))
+@example([("double precision", "'-0'::double precision"), ("real", "'-0'::real"), ("integer", "(-2147483648)::integer"), ("money", "'-1.50'::money")])
 def test_a_substituted_literal_is_the_value_for_every_type(session: psycopg.Connection[Any], values: list[tuple[str, str]]) -> None:
     """As an operand, within a literal that is cast, and in a row set: the same text and the same type."""
     expressions = [e for _, e in values]
