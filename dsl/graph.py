@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
@@ -139,9 +140,9 @@ class Node:
 
         Guaranteed: `url` and `method` are text; `body` is text or None; `headers` an object or None; `timeout_seconds`
         a positive number or None; for HTTP_MULTIPART `parts` a non-empty list of objects whose `name` and `data_b64`
-        are text and whose `filename` and `content_type` are text or None.
+        are text and whose `filename` and `content_type` are text or None. Numbers keep their digits.
         """
-        config = self._config()
+        config = self._config(exact=True)
         for key in ("url", "method"):
             if not isinstance(config.get(key), str):
                 raise self.error(f"{key} must be text")
@@ -150,7 +151,7 @@ class Node:
         if not isinstance(config.get("headers"), dict | None):
             raise self.error("headers must be an object or null")
         timeout = config.get("timeout_seconds")
-        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0):
+        if timeout is not None and not (type(timeout) in (int, Decimal) and timeout > 0):
             raise self.error("timeout_seconds must be a positive number")
         if self.type is NodeType.HTTP_MULTIPART:
             self._check_parts(config.get("parts"))
@@ -179,10 +180,11 @@ class Node:
             raise self.error(f"a wait may last at most {MAX_WAIT} seconds")
         return seconds
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, *, exact: bool = False) -> dict[str, Any]:
+        """`exact`: numbers with a point or an exponent as Decimal, so that none of their digits is lost."""
         try:
-            value = json.loads(self.query or "")
-        except (ValueError, RecursionError) as error:
+            value = json.loads(self.query or "", parse_float=Decimal if exact else None, parse_constant=_no_json)
+        except (ValueError, ArithmeticError, RecursionError) as error:
             raise self.error(f"query is not valid JSON: {error}") from None
         if not isinstance(value, dict):
             raise self.error("query is not a JSON object")
@@ -221,6 +223,10 @@ class Graph:
         nodes = tuple(_node(index, item, len(value)) for index, item in enumerate(value))
         _check_tree(nodes)
         return cls(nodes)
+
+
+def _no_json(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _node(index: int, item: Any, count: int) -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,15 +14,31 @@ from dsl.values import Column, Result
 #: Where a result belongs: (execution path, node index). See docs/architecture.md, "Checkpoints".
 Key = tuple[str, int]
 
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
+
+
+def storable(text: str) -> str:
+    """A text for people, with what neither PostgreSQL nor a log can hold replaced."""
+    return _UNSTORABLE.sub("\ufffd", text)
+
 
 @dataclass(frozen=True, slots=True)
 class StepError:
-    """Why a node failed: the fields of a PostgreSQL error, or a message of the engine's own."""
+    """Why a node failed: the fields of a PostgreSQL error, or a message of the engine's own.
+
+    What a PostgreSQL text can't hold is replaced: an error that can't be recorded would be met again for ever.
+    """
 
     message: str
     sqlstate: str | None = None
     detail: str | None = None
     hint: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("message", "detail", "hint"):
+            text = getattr(self, name)
+            if text is not None:
+                object.__setattr__(self, name, storable(text))
 
 
 @dataclass(frozen=True, slots=True)

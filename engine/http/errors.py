@@ -7,7 +7,7 @@ not allowed, 54000 for what is too large, 22023 for a request that can't be buil
 
 from __future__ import annotations
 
-from engine.model import StepError
+from engine.model import StepError, storable
 
 TIMEOUT = "HTTMO"
 CONNECTION = "HTCON"
@@ -21,7 +21,7 @@ class HttpError(Exception):
     """An HTTP step's failure; its text is the error of the node."""
 
     def __init__(self, message: str, sqlstate: str, hint: str | None = None, detail: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(storable(message))
         self.sqlstate = sqlstate
         self.hint = hint
         self.detail = detail
