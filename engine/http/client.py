@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
@@ -16,13 +15,15 @@ from h2.exceptions import H2Error
 from engine.http.decoding import BodyDecoder, CorruptError, TooLargeError
 from engine.http.envelope import Answer, envelope, excerpt, join_headers
 from engine.http.errors import CONNECTION, EXCHANGE, TIMEOUT, TOO_LARGE, HttpError
+from engine.http.masking import NOTHING, Mask
 from engine.http.policy import HttpPolicy
 from engine.http.request import Call, build
+from engine.http.template import size
 from engine.http.transport import GuardedTransport
-from engine.http.url import MASK, redact, spellings
 
-#: Work on more than this many bytes is done in a thread.
-_THREAD_BYTES = 256 * 1024
+#: Work on more than this many bytes or characters is done in a thread.
+THREAD_SIZE = 256 * 1024
+_LONGEST_REASON = 300
 
 
 class HttpClient:
@@ -41,54 +42,57 @@ class HttpClient:
         await self._transport.aclose()
 
     async def prepare(self, config: Mapping[str, Any], *, multipart: bool, idempotency_key: str,
-                      secrets: Iterable[str] = ()) -> Call:
+                      hidden: Iterable[str] = (), shown: str | None = None, mask: Mask = NOTHING) -> Call:
         """The call of a config (see `dsl.graph.Node.http`), checked as far as that can be done without calling.
 
+        `hidden`, `shown`: how its URL is to be shown, see `template.Filled`; `mask` for all else that is said of it.
         Raises HttpError.
         """
         def work() -> Call:
             return build(config, multipart=multipart, policy=self.policy, idempotency_key=idempotency_key,
-                         agent=self._agent)
+                         agent=self._agent, hidden=hidden, shown=shown, mask=mask)
 
-        with masked(secrets):
-            if _size(config) > _THREAD_BYTES:
+        with mask:
+            if size(config) > THREAD_SIZE:
                 return await asyncio.to_thread(work)
             return work()
 
     @asynccontextmanager
-    async def slot(self, call: Call) -> AsyncIterator[None]:
-        """A place among the parallel calls. Whoever waits for a busy host takes no place from others."""
+    async def slot(self, call: Call) -> AsyncIterator[bool]:
+        """A place among the parallel calls; yields whether it had to be waited for.
+
+        Whoever waits for a busy host takes no place from others.
+        """
         key = (call.target.host_text, call.target.port)
         queue = self._hosts.get(key)
         if queue is None:
             queue = self._hosts[key] = _Queue(self.policy.max_parallel_per_host)
         queue.users += 1
+        waits = queue.places.locked() or self._all.locked()
         try:
             async with queue.places, self._all:
-                yield
+                yield waits
         finally:
             queue.users -= 1
             if not queue.users:
                 del self._hosts[key]
 
-    async def perform(self, call: Call, *, hidden: Iterable[str] = (), secrets: Iterable[str] = ()) -> str:
+    async def perform(self, call: Call) -> str:
         """Makes the call; returns the envelope. To be used within a `slot`.
 
-        `hidden`: values not to be shown in the path of a URL; `secrets`: in no text at all. Raises HttpError for
-        transport errors and for answers of 500 or more. Cancellation aborts the call.
+        Raises HttpError for transport errors and for answers of 500 or more. Cancellation aborts the call.
         """
-        secrets = tuple(secrets)
-        shown = redact(str(call.request.url), (*hidden, *secrets))
-        with masked(secrets):
-            answer = await self._exchange(call, shown)
+        with call.mask:
+            answer = await self._exchange(call)
             if answer.status >= 500:
-                raise HttpError(f"{call.kind} {call.request.method} {shown} returned {answer.status}: "
-                                f"{excerpt(answer)}", f"HT{min(answer.status, 999)}")
-        if len(answer.content) > _THREAD_BYTES:
+                raise HttpError(f"{call.kind} {call.request.method} {call.shown} returned {answer.status}: "
+                                f"{excerpt(answer, call.mask)}", f"HT{min(answer.status, 999)}")
+        if len(answer.content) > THREAD_SIZE:
             return await asyncio.to_thread(envelope, answer)
         return envelope(answer)
 
-    async def _exchange(self, call: Call, shown: str) -> Answer:
+    async def _exchange(self, call: Call) -> Answer:
+        shown = call.shown
         try:
             async with asyncio.timeout(call.timeout) as limit:
                 return await self._send(call)
@@ -101,8 +105,7 @@ class HttpClient:
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.ConnectionNotAvailable, H2Error, OSError,
                 ValueError) as e:
             # ValueError: a library's word for what a server should not have said.
-            reason = str(e) or type(e).__name__
-            raise HttpError(f"HTTP request failed: {shown} - {reason}", EXCHANGE) from e
+            raise HttpError(f"HTTP request failed: {shown} - {_reason(e, call.mask)}", EXCHANGE) from e
         except TooLargeError:
             raise HttpError(f"HTTP request failed: {shown} - the response body has more than http_max_response_bytes "
                             f"({self.policy.max_response_bytes})", TOO_LARGE) from None
@@ -129,8 +132,19 @@ class HttpClient:
         stream = cast("AsyncGenerator[bytes]", aiter(cast("httpx.AsyncByteStream", response.stream)))
         async with aclosing(stream) as parts:
             async for part in parts:
-                decoder.feed(part)
-        return decoder.end()
+                for _ in decoder.feed(part):
+                    await asyncio.sleep(0)  # a small part may hold a lot: others have their turn
+        for _ in decoder.end():
+            await asyncio.sleep(0)
+        return decoder.content
+
+
+def _reason(error: Exception, mask: Mask) -> str:
+    """A library's words, which may quote what the server sent: masked before they are cut."""
+    text = mask.text(str(error))
+    if not any(map(str.isalpha, text)):  # h2 names a stream by its number alone
+        text = f"{type(error).__name__} {text}".strip()
+    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
 
 
 class _Queue:
@@ -141,28 +155,3 @@ class _Queue:
     def __init__(self, places: int) -> None:
         self.places = asyncio.Semaphore(places)
         self.users = 0
-
-
-class masked:
-    """Within it, no HttpError shows one of these values."""
-
-    def __init__(self, secrets: Iterable[str]) -> None:
-        self._secrets = sorted({s for s in secrets if s}, key=len, reverse=True)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, HttpError) or not self._secrets:
-            return
-        text = str(error)
-        for secret in self._secrets:
-            quoted = json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]
-            for spelling in (*spellings(secret), *quoted):
-                text = text.replace(spelling, MASK)
-        error.args = (text,)
-
-
-def _size(config: Mapping[str, Any]) -> int:
-    parts = config.get("parts") or ()
-    return len(config.get("body") or "") + sum(len(p["data_b64"]) for p in parts)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import base64
-import codecs
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from engine.http.charset import codec_of
+from engine.http.masking import NOTHING, Mask
+from engine.http.url import MASK
+
 _TEXT_TYPES = frozenset({
     "application/json", "application/xml", "application/javascript", "application/ecmascript",
     "application/x-www-form-urlencoded", "application/graphql", "application/yaml", "application/x-yaml"})
 _TEXT_SUFFIXES = ("+json", "+xml", "+yaml")
-_CHARSET = re.compile(r""";\s*charset\s*=\s*(?:"([^"]*)"|([^\s;,"]+))""", re.I)
-#: Python codecs that are no charsets of the web.
-_NO_CHARSETS = frozenset({"idna", "punycode", "unicode_escape", "raw_unicode_escape", "undefined"})
 #: Bytes of a failed call's body that its error shows.
 EXCERPT = 512
 
@@ -54,42 +54,36 @@ def _header_text(value: bytes) -> str:
 
 
 def body_of(content: bytes, content_type: str) -> tuple[str, str]:
-    """The body as text, or in base64; and which of the two (`text`, `base64`)."""
+    """The body as text, or in base64; and which of the two (`text`, `base64`).
+
+    A text with U+0000 counts as binary, whatever its type: no text and no jsonb of PostgreSQL can hold that.
+    """
     media = re.split("[,;]", content_type, maxsplit=1)[0].strip().lower()
-    if media.startswith("text/") or media in _TEXT_TYPES or media.endswith(_TEXT_SUFFIXES):
-        return content.decode(_charset(content_type), "replace"), "text"
-    if b"\0" not in content:
-        try:
-            return content.decode("utf-8"), "text"
-        except UnicodeDecodeError:
-            pass  # binary, then
-    return base64.b64encode(content).decode("ascii"), "base64"
-
-
-def _charset(content_type: str) -> str:
-    match = _CHARSET.search(content_type)
-    if match is None:
-        return "utf-8"
-    name = match[1] or match[2] or ""
+    is_text = media.startswith("text/") or media in _TEXT_TYPES or media.endswith(_TEXT_SUFFIXES)
+    codec = codec_of(content_type) if is_text else "utf-8"
     try:
-        codec = codecs.lookup(name).name
-        b"a".decode(codec, "replace")  # some codecs do not make text
-    except (LookupError, ValueError):
-        return "utf-8"
-    return "utf-8" if codec in _NO_CHARSETS else codec
+        text = content.decode("utf-8-sig" if codec == "utf-8" else codec, "replace" if is_text else "strict")
+    except UnicodeDecodeError:
+        text = "\0"  # binary
+    if "\0" in text:
+        return base64.b64encode(content).decode("ascii"), "base64"
+    return text, "text"
 
 
 def envelope(answer: Answer) -> str:
     """The JSON text of SURFACE 5.1."""
     body, encoding = body_of(answer.content, answer.headers.get("content-type", ""))
-    # Half a surrogate pair can't come out of a decoder that replaces; utf-16 and utf-7 are no exceptions.
+    # Half a surrogate pair can't come out of a decoder that replaces (but of utf-7's, which is no charset here).
     return _encode({"status": answer.status, "body": body, "encoding": encoding, "headers": answer.headers,
                     "ok": answer.ok, "duration_ms": answer.duration_ms})
 
 
-def excerpt(answer: Answer) -> str:
-    """The beginning of a body, for an error (SURFACE 5.12)."""
+def excerpt(answer: Answer, mask: Mask = NOTHING) -> str:
+    """The beginning of a body, for an error (SURFACE 5.12). Masked before it is cut: half a secret is no secret."""
     body, encoding = body_of(answer.content, answer.headers.get("content-type", ""))
+    if encoding == "base64" and mask.is_in(answer.content):
+        return MASK
+    body = mask.text(body)
     raw = body.encode("utf-8", "replace")
     if len(raw) <= EXCERPT:
         return body

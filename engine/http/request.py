@@ -5,19 +5,21 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import httpx
 
 from dsl.values import parse_json
+from engine.http.charset import codec_of
 from engine.http.decoding import ACCEPTED
-from engine.http.errors import TOO_LARGE, RequestError
+from engine.http.errors import TOO_LARGE, BlockedError, HttpError, RequestError
+from engine.http.masking import NOTHING, Mask
 from engine.http.policy import HttpPolicy
-from engine.http.url import Url, parse
+from engine.http.url import MASK, Url, authority_of, parse, redact
 
 METHODS = frozenset({"GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"})
 MULTIPART_METHODS = frozenset({"POST", "PUT", "PATCH"})
@@ -26,6 +28,8 @@ DEFAULT_TIMEOUT = 30.0
 REFUSED_HEADERS = frozenset({
     "host", "content-length", "transfer-encoding", "connection", "keep-alive", "te", "trailer", "upgrade", "expect",
     "proxy-authorization", "proxy-connection", "http2-settings"})
+#: Characters of names and values together. Servers take some 8 to 64 KiB.
+LONGEST_HEADERS = 128 * 1024
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _MEDIA_TYPE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+/[!#$%&'*+.^_`|~0-9A-Za-z-]+( *;[\x20-\x7e]*)?")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
@@ -40,14 +44,28 @@ class Call:
     target: Url
     request: httpx.Request
     timeout: float
+    shown: str  #: the URL, for messages
+    mask: Mask  #: for all else in messages
 
 
-def build(config: Mapping[str, Any], *, multipart: bool, policy: HttpPolicy, idempotency_key: str,
-          agent: str) -> Call:
+def build(config: Mapping[str, Any], *, multipart: bool, policy: HttpPolicy, idempotency_key: str, agent: str,
+          hidden: Iterable[str] = (), shown: str | None = None, mask: Mask = NOTHING) -> Call:
     """A call from a config as `dsl.graph.Node.http` guarantees it. Raises BlockedError, RequestError."""
-    target = parse(config["url"])
-    policy.check_scheme(target.scheme)
-    policy.check_host(target.host)
+    secret_host = shown is not None and MASK in authority_of(shown)
+    try:
+        target = parse(config["url"])
+        policy.check_scheme(target.scheme)
+        policy.check_host(target.host)
+    except HttpError as e:
+        if not secret_host:
+            raise
+        # The reason quotes the URL.
+        text = "the URL that a secret variable makes can't be called"
+        if isinstance(e, BlockedError):
+            raise BlockedError(f"{text}.", "See whether it is one, and which hosts http_allow names.") from None
+        raise RequestError(f"HTTP request failed: {text}", e.sqlstate) from None
+    if secret_host:
+        mask = mask.and_also(target.host_text)
     method = config["method"].upper()
     allowed = MULTIPART_METHODS if multipart else METHODS
     if method not in allowed:
@@ -62,20 +80,25 @@ def build(config: Mapping[str, Any], *, multipart: bool, policy: HttpPolicy, ide
         content_type, content = _multipart(config["parts"], idempotency_key)
         headers.append(("Content-Type", content_type))
     else:
-        content = _body(config.get("body"))
+        content = _body(config.get("body"), headers)
         if content is not None and "content-type" not in names and _is_json(content):
             headers.append(("Content-Type", "application/json"))
     if content is not None and len(content) > policy.max_request_bytes:
         raise RequestError(f"HTTP request failed: the request body has {len(content)} bytes, more than "
                            f"http_max_request_bytes ({policy.max_request_bytes})", TOO_LARGE)
+    length = sum(len(n) + len(v) for n, v in headers)
+    if length > LONGEST_HEADERS:
+        raise RequestError(f"HTTP request failed: the headers have {length} characters, more than {LONGEST_HEADERS}",
+                           TOO_LARGE)
     for name, value in (("User-Agent", agent), ("Accept", "*/*"), ("Accept-Encoding", ACCEPTED),
                         ("Idempotency-Key", idempotency_key)):
         if name.lower() not in names:
             headers.append((name, value))
     encoded = [(n.encode("ascii"), v.encode("utf-8")) for n, v in headers]
-    timeout = min(float(config.get("timeout_seconds") or DEFAULT_TIMEOUT), policy.max_timeout)
+    timeout = float(min(config.get("timeout_seconds") or DEFAULT_TIMEOUT, policy.max_timeout))
     request = httpx.Request(method, target.url, headers=encoded, content=content)
-    return Call("HTTP_MULTIPART" if multipart else "HTTP", target, request, timeout)
+    return Call("HTTP_MULTIPART" if multipart else "HTTP", target, request, timeout,
+                redact(str(target.url), hidden) if shown is None else shown, mask)
 
 
 def _headers(given: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -88,8 +111,8 @@ def _headers(given: Mapping[str, Any]) -> list[tuple[str, str]]:
                                hint="It is part of how the request is sent.")
         if isinstance(value, bool):
             text = "true" if value else "false"
-        elif isinstance(value, int | float):
-            text = json.dumps(value)
+        elif isinstance(value, int | Decimal):
+            text = str(value)
         elif isinstance(value, str):
             text = value.strip(" \t")
         else:
@@ -109,8 +132,17 @@ def _encodable(text: str, what: str) -> str:
     return text
 
 
-def _body(body: str | None) -> bytes | None:
-    return None if body is None else _encodable(body, "the body").encode("utf-8")
+def _body(body: str | None, headers: list[tuple[str, str]]) -> bytes | None:
+    """In the charset that Content-Type declares; UTF-8 where it declares none, or one that nobody knows."""
+    if body is None:
+        return None
+    declared = next((value for name, value in headers if name.lower() == "content-type"), "")
+    codec = codec_of(declared)
+    try:
+        return _encodable(body, "the body").encode(codec)
+    except UnicodeEncodeError as e:
+        raise RequestError("HTTP request failed: the body has a character that the charset of its Content-Type does "
+                           f"not have: U+{ord(body[e.start]):04X}") from None
 
 
 def _is_json(content: bytes) -> bool:

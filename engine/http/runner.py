@@ -8,17 +8,19 @@ so that a worker which was replaced makes no call.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import replace
 
 import structlog
 
 from dsl.graph import GraphError, Node, NodeType
 from dsl.substitute import SubstitutionError
-from engine.http.client import HttpClient, masked
+from engine.http.client import THREAD_SIZE, HttpClient
 from engine.http.errors import BLOCKED, INVALID, HttpError
+from engine.http.masking import Mask
 from engine.http.request import Call
 from engine.http.secrets import Opener
-from engine.http.template import fill
+from engine.http.template import Filled, fill, mentioned, size
 from engine.http.url import redact
 from engine.http.variables import is_sealed
 from engine.identity import Identities, IdentityError
@@ -45,6 +47,13 @@ def idempotency_key(job: Job) -> str:
     """The same for every attempt of a step, different for each round of a loop."""
     execution, _ = job.step.key
     return f"{job.instance_id}-{job.step.node.id}-{execution.strip('/').replace('/', '.') or '1'}"
+
+
+def _template_url(node: Node) -> str:
+    try:
+        return redact(node.http["url"])
+    except GraphError:
+        return ""
 
 
 class HttpRunner:
@@ -83,29 +92,39 @@ class HttpRunner:
         node = replace(job.step.node, type=job.step.kind, query=job.step.text)
         submitter = await self._check_privilege(job, node)
         inputs, secrets = await self._open(node, job.step.inputs, submitter)
-        with masked(secrets):
-            filled = fill(node, inputs)
+        mask = Mask(secrets.values())
+        with mask:
+            filled = await self._fill(node, inputs, secrets)
         try:
             call = await self._client.prepare(
-                filled.config, multipart=node.type is NodeType.HTTP_MULTIPART,
-                idempotency_key=idempotency_key(job), secrets=secrets)
+                filled.config, multipart=node.type is NodeType.HTTP_MULTIPART, idempotency_key=idempotency_key(job),
+                hidden=filled.hidden, shown=filled.shown, mask=mask)
         except HttpError as e:
-            self._say_refusal(job, submitter, e, redact(filled.config["url"], (*filled.hidden, *secrets)))
+            shown = redact(filled.config["url"], filled.hidden) if filled.shown is None else filled.shown
+            self._say_refusal(job, submitter, e, shown)
             raise
-        async with self._client.slot(call):
-            return await self._call(job, call, submitter, filled.hidden, secrets)
+        async with self._client.slot(call) as waited:
+            if waited:
+                await self._check_privilege(job, node)  # that may have been long
+            return await self._call(job, call, submitter)
 
-    async def _call(self, job: Job, call: Call, submitter: str, hidden: tuple[str, ...],
-                    secrets: tuple[str, ...]) -> Outcome:
+    async def _fill(self, node: Node, inputs: Inputs | None, secrets: Mapping[str, str]) -> Filled:
+        if inputs is None:
+            return fill(node, None)
+        results = sum(len(result.text) for result in inputs.results.values())
+        if max(results, size(node.http)) > THREAD_SIZE:
+            return await asyncio.to_thread(fill, node, inputs, secrets)
+        return fill(node, inputs, secrets)
+
+    async def _call(self, job: Job, call: Call, submitter: str) -> Outcome:
         started = self._store.clock.now()
         await job.record_started(started)
-        shown = redact(str(call.request.url), (*hidden, *secrets))
         log.info("HTTP call", instance=job.instance_id, node=job.step.node.id, role=submitter,
-                 method=call.request.method, url=shown)
+                 method=call.request.method, url=call.shown)
         try:
-            text = await self._client.perform(call, hidden=hidden, secrets=secrets)
+            text = await self._client.perform(call)
         except HttpError as e:
-            self._say_refusal(job, submitter, e, shown)
+            self._say_refusal(job, submitter, e, call.shown)
             return Failed(started, e.step_error)
         return Committed(started, text, None, meta={"at_least_once": True})
 
@@ -118,26 +137,24 @@ class HttpRunner:
         name: str = rows[0]["name"]
         if not rows[0]["may"]:
             quoted = rows[0]["quoted"]
-            raise HttpError(
+            error = HttpError(
                 f"Blocked: role '{name}' does not have EXECUTE privilege on {function}(). Grant EXECUTE ON FUNCTION "
                 f"{function}({arguments}) TO {quoted} to allow {what}.", BLOCKED)
+            self._say_refusal(job, name, error, _template_url(node))
+            raise error
         return name
 
-    async def _open(self, node: Node, inputs: Inputs | None,
-                    submitter: str) -> tuple[Inputs | None, tuple[str, ...]]:
-        """The inputs with those secret variables opened that the config mentions; and their values."""
+    async def _open(self, node: Node, inputs: Inputs | None, submitter: str) -> tuple[Inputs | None, dict[str, str]]:
+        """The inputs without secret variables; and those of them opened that the config mentions."""
         if inputs is None:
-            return None, ()
+            return None, {}
         sealed = {n: v for n, v in inputs.variables.items() if is_sealed(v)}
         if not sealed:
-            return inputs, ()
+            return inputs, {}
         variables = {n: v for n, v in inputs.variables.items() if n not in sealed}
-        secrets = []
-        for name, value in sealed.items():
-            if f"{{{name}}}" in (node.query or ""):
-                variables[name] = await self._opener.open(value, owner=submitter, name=name)
-                secrets.append(variables[name])
-        return replace(inputs, variables=variables), tuple(secrets)
+        secrets = {name: await self._opener.open(sealed[name], owner=submitter, name=name)
+                   for name in sorted(mentioned(node.http) & sealed.keys())}
+        return replace(inputs, variables=variables), secrets
 
     def _say_refusal(self, job: Job, submitter: str, error: HttpError, url: str) -> None:
         if error.sqlstate == BLOCKED:

@@ -17,13 +17,14 @@ import httpx
 from engine.http.errors import BlockedError, RequestError
 from engine.http.names import HostError, normalise
 from engine.http.policy import Address
+from engine.model import storable
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _AUTHORITY = re.compile(r"(?P<host>\[[^\]]*\]|[^:]*)(?::(?P<port>[0-9]*))?")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 MASK = "***"
 #: Values shorter than this are not looked for in a path: `a` is everywhere.
-_SHORTEST = 4
+SHORTEST = 4
 LONGEST = 32 * 1024
 
 
@@ -94,6 +95,12 @@ def _build(scheme: str, host: str | Address, port: int, rest: str) -> httpx.URL:
     return url
 
 
+def authority_of(text: str) -> str:
+    """What lies before a URL's path; all of it where there is no scheme. For URLs that may be anything."""
+    match = _SCHEME.match(text.strip())
+    return match[0] + _split_authority(text.strip()[match.end():])[0] if match else text
+
+
 def spellings(value: str) -> set[str]:
     """How a value may stand in a URL."""
     return {value, quote(value, safe="", errors="replace"), quote(value, safe="/!$&'()*+,;=:@", errors="replace")}
@@ -101,7 +108,7 @@ def spellings(value: str) -> set[str]:
 
 def redact(text: str, hidden: Iterable[str] = ()) -> str:
     """A URL to be shown: no user information, no values in the query, no fragment, no `hidden` values in its path."""
-    text = re.sub(r"[\x00-\x20\x7f]+", " ", text.strip())
+    text = storable(re.sub(r"[\x00-\x20\x7f]+", " ", text.strip()))
     match = _SCHEME.match(text)
     head, rest = (match[0], text[match.end():]) if match else ("", text)
     authority, rest = _split_authority(rest)
@@ -109,7 +116,7 @@ def redact(text: str, hidden: Iterable[str] = ()) -> str:
     rest = rest.partition("#")[0]
     path, mark, query = rest.partition("?")
     for value in sorted(hidden, key=len, reverse=True):
-        if len(value) >= _SHORTEST and "://" not in value:
+        if len(value) >= SHORTEST and "://" not in value:
             for spelling in spellings(value):
                 path = path.replace(spelling, MASK)
     fields = [name + "=" + MASK if equals else (name and MASK) for name, equals, _ in
