@@ -173,7 +173,7 @@ class Settings(BaseModel):
     http_max_request_bytes: int = Field(10 * 2**20, ge=1024, description="largest body sent")
     http_max_response_bytes: int = Field(10 * 2**20, ge=1024, description="largest body received, also unpacked")
     http_max_timeout: float = Field(300.0, gt=0, le=86400, description="longest timeout of a call")
-    http_max_parallel: int = Field(100, ge=1, le=10_000, description="calls at a time, per process")
+    http_max_parallel: int = Field(100, ge=1, le=10_000, description="calls at a time, per worker")
     http_max_parallel_per_host: int = Field(20, ge=1, le=10_000, description="of those, to one host and port")
     http_ca_file: Path | None = Field(None, description="authorities (PEM) to trust beside the system's")
 

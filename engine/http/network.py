@@ -154,7 +154,9 @@ class _Stream(httpcore.AsyncNetworkStream):
             writer.write(buffer)
             await writer.drain()
         except OSError as e:
-            raise httpcore.WriteError(_reason(e)) from e
+            # Once open, the next read says what there is to say: the other end may have answered before it closed.
+            if self._writer is None:
+                raise httpcore.WriteError(_reason(e)) from e
 
     async def aclose(self) -> None:
         self.abort()

@@ -30,7 +30,10 @@ from engine.http.policy import HttpPolicy
 KEEP = 15.0
 #: Unused connections kept, in all.
 MAX_IDLE = 100
-_RESOLVER_THREADS = 8
+#: Exchanges on one connection. HTTP/2 servers end one after 1000 by a farewell that may come amid an exchange.
+MAX_USES = 500
+#: At most. They are made as they are needed: a slow name server must not keep calls to other hosts waiting.
+_RESOLVER_THREADS = 64
 
 #: Scheme, host, port.
 Origin = tuple[bytes, bytes, int]
@@ -53,7 +56,7 @@ def trust(ca_file: Path | None = None) -> ssl.SSLContext:
 class _Connection:
     """One connection, for one exchange at a time."""
 
-    __slots__ = ("_backend", "http", "used", "used_at")
+    __slots__ = ("_backend", "http", "used_at", "uses")
 
     def __init__(self, origin: Origin, context: ssl.SSLContext | None, policy: HttpPolicy,
                  resolve: Resolver) -> None:
@@ -61,12 +64,12 @@ class _Connection:
         self.http = httpcore.AsyncHTTPConnection(
             httpcore.Origin(*origin), ssl_context=context, keepalive_expiry=KEEP, http1=True, http2=True,
             network_backend=self._backend)
-        self.used = False
+        self.uses = 0
         self.used_at = 0.0
 
     @property
     def reusable(self) -> bool:
-        return self.http.is_idle() and not self.http.has_expired()
+        return self.uses < MAX_USES and self.http.is_idle() and not self.http.has_expired()
 
     def abort(self) -> None:
         self._backend.abort()
@@ -81,12 +84,13 @@ class GuardedTransport(httpx.AsyncBaseTransport):
     def __init__(self, policy: HttpPolicy, *, resolve: Resolver | None = None,
                  context: ssl.SSLContext | None = None) -> None:
         self._policy = policy
-        self._executor = ThreadPoolExecutor(_RESOLVER_THREADS, "dfproxy-resolver")
+        self._executor = ThreadPoolExecutor(min(policy.max_parallel, _RESOLVER_THREADS), "dfproxy-resolver")
         self._resolve = resolve or system_resolver(self._executor)
         self._context = context
         self._idle: dict[Origin, deque[_Connection]] = {}
         self._idle_count = 0
         self._busy: set[_Connection] = set()
+        self._timer: asyncio.TimerHandle | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """Sends a request; the response's stream must be closed. Request bodies must be ones that can be sent again."""
@@ -100,6 +104,9 @@ class GuardedTransport(httpx.AsyncBaseTransport):
             request.method.encode("ascii"),
             httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=port, target=url.raw_path),
             headers=request.headers.raw, content=request.stream)
+        if url.scheme == "https" and self._context is None:
+            # Reading the certificates takes a moment: when they are first needed.
+            self._context = await asyncio.to_thread(trust, self._policy.ca_file)
         while True:
             connection = self._take(origin)
             try:
@@ -107,7 +114,7 @@ class GuardedTransport(httpx.AsyncBaseTransport):
             except (httpcore.RemoteProtocolError, httpcore.ReadError, httpcore.WriteError,
                     httpcore.ConnectionNotAvailable):
                 self._drop(connection)
-                if connection.used:
+                if connection.uses:
                     continue  # It was closed at the other end while it waited. A fresh connection tells the truth.
                 raise
             except BaseException:
@@ -124,6 +131,9 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         self._busy.clear()
         self._idle.clear()
         self._idle_count = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._executor.shutdown(wait=False, cancel_futures=True)
         await asyncio.sleep(0)  # the transports' own farewell
 
@@ -140,15 +150,13 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         while idle and connection is None:
             found = idle.pop()
             self._idle_count -= 1
+            if not idle:
+                del self._idle[origin]
             if found.reusable:
                 connection = found
-                connection.used = True
             else:
                 found.abort()
         if connection is None:
-            # Reading the certificates takes a moment: when they are first needed.
-            if origin[0] == b"https" and self._context is None:
-                self._context = trust(self._policy.ca_file)
             connection = _Connection(origin, self._context, self._policy, self._resolve)
         self._busy.add(connection)
         return connection
@@ -163,25 +171,30 @@ class GuardedTransport(httpx.AsyncBaseTransport):
             return
         self._busy.discard(connection)
         connection.used_at = time.monotonic()
+        connection.uses += 1
         self._idle.setdefault(origin, deque()).append(connection)
         self._idle_count += 1
-        self._sweep()
+        while self._idle_count > MAX_IDLE:
+            self._drop_oldest(min(self._idle, key=lambda o: self._idle[o][0].used_at))
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(KEEP, self._sweep)
+
+    def _drop_oldest(self, origin: Origin) -> None:
+        idle = self._idle[origin]
+        idle.popleft().abort()
+        self._idle_count -= 1
+        if not idle:
+            del self._idle[origin]
 
     def _sweep(self) -> None:
-        """Drops what has waited too long; the oldest where there are too many."""
-        limit = time.monotonic() - KEEP
-        for origin, idle in list(self._idle.items()):
-            while idle and idle[0].used_at < limit:
-                idle.popleft().abort()
-                self._idle_count -= 1
-            if not idle:
-                del self._idle[origin]
-        while self._idle_count > MAX_IDLE:
-            origin = min(self._idle, key=lambda o: self._idle[o][0].used_at)
-            self._idle[origin].popleft().abort()
-            self._idle_count -= 1
-            if not self._idle[origin]:
-                del self._idle[origin]
+        """Drops what has waited too long, now and later."""
+        now = time.monotonic()
+        for origin in [o for o, idle in self._idle.items() for c in idle if c.used_at <= now - KEEP]:
+            self._drop_oldest(origin)
+        self._timer = None
+        if self._idle:
+            oldest = min(idle[0].used_at for idle in self._idle.values())
+            self._timer = asyncio.get_running_loop().call_later(oldest + KEEP - now, self._sweep)
 
 
 class _Body(httpx.AsyncByteStream):

@@ -64,6 +64,8 @@ class HttpServer:
     protocols: list[str | None] = field(default_factory=list)
     server_names: list[str | None] = field(default_factory=list)
     open: asyncio.Event = field(default_factory=asyncio.Event)  #: what /gate waits for
+    live: int = 0  #: connections that are open
+    raw: bytes = b""  #: what /raw answers with, byte for byte, before it closes
 
     def url(self, path: str, host: str = "127.0.0.1") -> str:
         return f"{self.scheme}://{host}:{self.port}{path}"
@@ -273,8 +275,13 @@ async def _stale(x: Exchange) -> None:
 async def _timeout_notice(x: Exchange) -> None:
     """Answers, and then says what nobody asked for, as some servers do before they close an idle connection."""
     await x.answer(200, b"fresh", ("Content-Type", "text/plain"))
-    await asyncio.sleep(0.05)
+    await x.server.open.wait()
     await x.answer(408, b"too late")
+    x.close()
+
+
+async def _raw(x: Exchange) -> None:
+    await x.raw(x.server.raw)
     x.close()
 
 
@@ -284,7 +291,7 @@ ANSWERS: dict[str, Answer] = {
     "/short": _short, "/long": _long, "/reset-in-body": _reset_in_body, "/continue": _continue,
     "/no-content-with-body": _no_content_with_body, "/switch": _switch, "/rubbish": _rubbish, "/redirect": _redirect,
     "/cookie": _cookie, "/many-headers": _many_headers, "/endless": _endless, "/until-close": _until_close, "/latency": _latency,
-    "/gate": _gate, "/stale": _stale, "/timeout-notice": _timeout_notice,
+    "/gate": _gate, "/stale": _stale, "/timeout-notice": _timeout_notice, "/raw": _raw,
 }
 
 
@@ -341,6 +348,10 @@ async def _serve_h2(server: HttpServer, reader: asyncio.StreamReader, writer: as
     bodies: dict[int, bytes] = {}
     while data := await reader.read(65536):
         for event in connection.receive_data(data):
+            if isinstance(event, h2.events.StreamEnded) and event.stream_id and heads[event.stream_id][":path"] == "/raw":
+                writer.write(connection.data_to_send() + server.raw)
+                await writer.drain()
+                return writer.close()
             if isinstance(event, h2.events.RequestReceived):
                 assert event.stream_id is not None
                 heads[event.stream_id] = {_text(n): _text(v) for n, v in event.headers or ()}
@@ -392,6 +403,7 @@ async def http_server(*, tls: ssl.SSLContext | None = None) -> AsyncIterator[Htt
         assert task is not None
         tasks.add(task)
         server.connections += 1
+        server.live += 1
         ssl_object = writer.get_extra_info("ssl_object")
         protocol = ssl_object.selected_alpn_protocol() if ssl_object else None
         server.protocols.append(protocol)
@@ -401,6 +413,7 @@ async def http_server(*, tls: ssl.SSLContext | None = None) -> AsyncIterator[Htt
                 await (_serve_h2 if protocol == "h2" else _serve)(server, reader, writer)
         finally:
             tasks.discard(task)
+            server.live -= 1
             writer.transport.abort()
 
     if tls is not None:

@@ -12,12 +12,14 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import asyncpg
 import psycopg
 import pytest
 from psycopg import sql as psql
+from structlog.testing import capture_logs
 
 from engine.http.policy import HostList, HttpPolicy
 from engine.http.secrets import ensure_key
@@ -158,12 +160,35 @@ async def test_hand_made_configs_fail_the_node_and_nothing_else(database18: Data
             '{"url":"http://127.0.0.1:1","method":"GET","headers":{"Host":"x"}}': "HTTP request failed: header 'Host' cannot be set",
             '{"url":"http://127.0.0.1:1","method":"GET","headers":[]}': "Invalid HTTP config: headers must be an object",
             '{"url":"http://127.0.0.1:1","method":"GET","timeout_seconds":0}': "Invalid HTTP config: timeout_seconds must be",
+            '{"url":"http://127.0.0.1:1","method":"GET","timeout_seconds":true}': "Invalid HTTP config: timeout_seconds must be",
+            '{"url":"http://127.0.0.1:1","method":"GET","timeout_seconds":NaN}': "Invalid HTTP config: query is not valid JSON: NaN",
+            '{"url":"http://127.0.0.1:1","method":"GET","timeout_seconds":1e999999999999999999999}': "Invalid HTTP config: query is not",
+            '{"url":"http://127.0.0.1:1/","method":"GET","timeout_seconds":1' + "0" * 400 + "}": "HTTP connection failed: ",
+            # What no text of the database and no log can hold.
+            '{"url":"http://127.0.0.1:1","method":"\\ud800\\u0000"}': "Invalid HTTP method: \ufffd\ufffd. Must be",
+            '{"url":"x\\ud800://127.0.0.1:1","method":"GET"}': "Blocked: unsupported URL scheme 'x\ufffd'.",
+            '{"url":"http://127.0.0.1:1/\\ud800","method":"GET"}': "HTTP request failed: the URL can't be used",
+            '{"url":"http://127.0.0.1:1","method":"GET","headers":{"\\ud800":1}}': "HTTP request failed: header name '\ufffd' is not",
+            "[" * 100_000: "Invalid HTTP config: query is not valid JSON",
         }.items():
             text = await error(c, worker, "json_build_object('node_type', 'HTTP', 'query', %s::text)::text", config)
             assert text.startswith(start)
         found = await result(c, worker, "json_build_object('node_type', 'HTTP', 'query', %s::text)::text",
                              json.dumps({"url": server.url("/echo"), "method": "get"}))
         assert found["status"] == 200
+        assert worker.statistics.bugs == 0
+
+
+async def test_answers_that_no_text_can_hold(database18: Database) -> None:
+    async with scene(database18) as (server, c, worker):
+        # Not to record the answer would mean to call again, and again.
+        text = await error(c, worker, "df.http(%s, 'GET')", server.url("/status/500?body=a%00b"))
+        assert text == f"HTTP GET {server.url('/status/500?body=***')} returned 500: YQBi"
+        instance = submit(c, "df.http(%s, 'GET')", server.url("/hex?type=text/plain&hex=610062"))
+        worker.wake()
+        await ended(c, instance)
+        assert c.rows("SELECT r::jsonb->>'body', r::jsonb->>'encoding' FROM df.result(%s) r", instance) == [("YQBi", "base64")]
+        assert len(server.requests) == 2
 
 
 @contextmanager
@@ -218,6 +243,29 @@ async def test_the_right_to_call_is_looked_up_when_the_step_runs(database: Datab
             # The text says what to do, and doing it helps.
             owner.execute(message.split("Grant ", 1)[1].join(["GRANT ", ""]).rsplit(" to allow", 1)[0])
             assert (await result(c, worker, hand_made, config))["ok"] is True
+
+
+async def test_the_right_is_looked_up_again_after_a_wait_for_a_place(database18: Database) -> None:
+    policy = replace(POLICY, max_parallel_per_host=1)
+    async with scene(database18, http=policy) as (server, owner, worker):
+        with as_role(database18, f"waiter {database18.name}", http=True) as c, capture_logs() as logs:
+            first = submit(owner, "df.http(%s, 'GET')", server.url("/gate"))
+            worker.wake()
+            await until(lambda: server.requests)
+            second = submit(c, "df.http(%s, 'GET')", server.url("/gate?second"))
+            worker.wake()
+            await until(lambda: c.one("SELECT status FROM df.instances WHERE id = %s", second) == "running")
+            owner.execute(f'REVOKE EXECUTE ON FUNCTION df.http(text,text,text,jsonb,integer) FROM "waiter {database18.name}"')
+            server.open.set()
+            assert (await ended(owner, first))[0][0] == "completed"
+            [(status, output)] = await ended(owner, second)
+            assert (status, (output or "").partition(". ")[0]) == (
+                "failed", f"Blocked: role 'waiter {database18.name}' does not have EXECUTE privilege on df.http()")
+            assert len(server.requests) == 1
+        # Refusals are logged: who, what, where to.
+        [refused] = [e for e in logs if e["event"] == "HTTP call refused"]
+        assert refused["role"] == f"waiter {database18.name}"
+        assert refused["url"] == server.url("/gate?***")
 
 
 async def test_keys_are_the_same_for_every_attempt_and_differ_otherwise(database18: Database) -> None:
@@ -430,6 +478,42 @@ async def test_secret_variables(database: Database) -> None:
         c.execute("SELECT df.setvar('token', 'again', true), df.setvar('token', 'and again', true)")
         found = await result(c, worker, "df.http(%s, 'POST', '{token}')", server.url("/echo"))
         assert json.loads(found["body"])["body"] == "and again"
+
+
+async def test_secrets_leave_no_trace(database18: Database) -> None:
+    """In errors, in the log, in what is stored: neither as they are, nor in part, nor in another spelling."""
+    async with scene(database18, secret="s3cret") as (server, c, worker):
+        await make_key(database18, "s3cret")
+        hook = f"http://127.0.0.1:{server.port}/x/../status/500/../500?Key-Seven=Seventh&body=SEVENTH"
+        for name, value in {"token": "Geheim-One", "hook": hook, "host": "SECOND-Host.invalid", "odd": "third?ok=en", "name": "fourth\n",
+                            "dollar": "p$q.fifth$$w$q?", "short": "z6", "bell": "eleventh\a", "dsn": "pg://seventh:eighth@h/ninth?tenth"}.items():
+            c.execute("SELECT df.setvar(%s, %s, secret => true)", name, value)
+        with capture_logs() as logs:
+            texts = [await error(c, worker, future, *parameters) for future, *parameters in (
+                # The name of a part is quoted by an error.
+                ("df.http_multipart(%s, 'POST', '[{\"name\":\"{token}{name}\",\"data_b64\":\"x{y}\"}]')", server.url("/echo")),
+                ("df.http_multipart(%s, 'POST', '[{\"name\":\"{token}\",\"data_b64\":\"!\"}]')", server.url("/echo")),
+                # All of the URL, and pieces of it. Libraries write URLs and hosts in their own way.
+                ("df.http('{hook}')",), ("df.http('{odd}')",), ("df.http('{token}://x')",), ("df.http('http://{host}:1/')",),
+                ("df.http('http://{host}:x/')",), ("df.http('http://127.0.0.1:1/{dsn}')",), ("df.http('http://127.0.0.1:1/{short}?{odd}')",),
+                ("df.http('http://127.0.0.1:{token}/')",), ("df.http('http://{token}@127.0.0.1/')",), ("df.http('http://127.0.0.1/\\{token}')",),
+                # A server that says what it was told, cut in the middle of it, or as bytes.
+                ("df.http(%s)", server.url("/status/500?body=" + "x" * 505 + "{token}")), ("df.http(%s)", server.url("/status/500?body=%00{token}")),
+                ("df.http(%s, headers => '{\"X-T\": \"{token}{bell}\"}')", server.url("/echo")),
+                ("df.http(%s, body => '{token}')", server.url("/reset")), ("df.http(%s, body => '{token}', timeout_seconds => 1)", server.url("/hang?{token}")),
+            )]
+            # What looks like a reference in a secret is none: it would quote it, or send something else.
+            found = await result(c, worker, "df.seq(df.\"as\"('SELECT 1 AS a', 'q'), df.http(%s, 'POST', '{dollar}{name}'))", server.url("/body"))
+            assert found["body"] == "p$q.fifth$$w$q?fourth\n"
+        assert worker.statistics.bugs == 0
+        assert len([e for e in logs if e["event"] == "HTTP call"]) >= 8
+        stored = c.rows("SELECT i::text FROM duroxide.instances i WHERE status <> 'completed' UNION ALL SELECT v::text FROM duroxide.vars v "
+                        "UNION ALL SELECT h::text FROM duroxide.history h WHERE event <> 'completed'")
+        everything = "\n".join([*texts, *map(str, logs), *(row[0] for row in stored)]).lower()
+        for piece in ("geheim", "second-host", "third?", "ok=en", "fourth", "fifth", "z6", "seventh", "eighth", "ninth", "tenth", "eleventh", "R2VoZWlt".lower()):
+            assert piece not in everything
+        assert "HTTP POST *** returned 500: ***" in texts
+        assert "Blocked: the URL that a secret variable makes can't be called." in texts
 
 
 async def test_a_secret_opens_for_its_owner_under_its_name_only(database18: Database) -> None:
