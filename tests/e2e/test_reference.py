@@ -63,3 +63,20 @@ def test_the_views_have_the_columns_that_the_reference_lists(df: Connection) -> 
     for view, said in re.findall(r"^\| `(df\.\w+)` \| (.*) \|$", PAGE.read_text(), re.MULTILINE):
         columns = [r[0] for r in df.execute("SELECT attname FROM pg_attribute WHERE attrelid = %s::regclass AND attnum > 0 ORDER BY attnum", (view,))]
         assert view == "df._worker_epoch" or re.findall(r"`(\w+)`", said) == columns
+
+
+def test_strict_are_those_that_the_specification_names(df: Connection) -> None:
+    """SURFACE 1.0. What has no argument can't tell; what is dfproxy's own may be either."""
+    strict = {name.partition("(")[0] for name, properties in catalog(df).items() if properties[2]}
+    assert strict >= set("setvar getvar unsetvar sql seq as sleep if if_rows join join3 race signal cancel status result await_instance"
+                         " wait_for_completion explain instance_info instance_nodes instance_executions".split())
+    assert not strict & set("loop break http http_multipart wait_for_signal start run list_instances".split())
+
+
+def test_the_architecture_names_what_workers_call(df: Connection) -> None:
+    """All that PUBLIC may not execute in schema duroxide, but what needs a delegated administrator, and triggers."""
+    text = (PAGE.parent / "architecture.md").read_text().partition("## What a worker calls")[2].partition("\n## ")[0]
+    private = {r[0] for r in df.execute("""
+        SELECT p.proname FROM pg_proc p WHERE p.pronamespace = 'duroxide'::regnamespace AND p.prorettype <> 'trigger'::regtype
+           AND NOT has_function_privilege('public', p.oid, 'EXECUTE')""")}
+    assert set(re.findall(r"^\| `(\w+)\(", text, re.MULTILINE)) == private - {"register_executor", "forget_executor"}
