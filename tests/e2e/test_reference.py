@@ -8,6 +8,7 @@ from typing import Any
 
 import psycopg
 
+from dsl.dialect import names
 from dsl.surface import FUNCTIONS
 from tests.engine.fix_surface import Connection
 
@@ -55,8 +56,8 @@ def test_each_function_has_one_heading(df: Connection) -> None:
     text = PAGE.read_text()
     headings = re.findall(r"^### df\.(\w+)$", text, re.MULTILINE)
     assert len(headings) == len(set(headings))
-    names = {signature.partition("(")[0] for signature in catalog(df)}
-    assert names - set(headings) == {"as_op", "if_then_op", "if_else_op", "loop_prefix_op"}
+    installed = {signature.partition("(")[0] for signature in catalog(df)}
+    assert installed - set(headings) == {"as_op", "if_then_op", "if_else_op", "loop_prefix_op"}
 
 
 def test_the_views_have_the_columns_that_the_reference_lists(df: Connection) -> None:
@@ -68,9 +69,9 @@ def test_the_views_have_the_columns_that_the_reference_lists(df: Connection) -> 
 def test_strict_are_those_that_the_specification_names(df: Connection) -> None:
     """SURFACE 1.0. What has no argument can't tell; what is dfproxy's own may be either."""
     strict = {name.partition("(")[0] for name, properties in catalog(df).items() if properties[2]}
-    assert strict >= set("setvar getvar unsetvar sql seq as sleep if if_rows join join3 race signal cancel status result await_instance"
-                         " wait_for_completion explain instance_info instance_nodes instance_executions".split())
-    assert not strict & set("loop break http http_multipart wait_for_signal start run list_instances".split())
+    assert strict >= names("setvar getvar unsetvar sql seq as sleep if if_rows join join3 race signal cancel status result await_instance"
+                           " wait_for_completion explain instance_info instance_nodes instance_executions")
+    assert not strict & names("loop break http http_multipart wait_for_signal start run list_instances")
 
 
 def test_the_architecture_names_what_workers_call(df: Connection) -> None:
