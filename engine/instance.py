@@ -27,7 +27,6 @@ from engine.runner import (
     Committed,
     Failed,
     Job,
-    NoSlot,
     Outcome,
     Ready,
     Runner,
@@ -48,6 +47,8 @@ from engine.store import (
 
 log = structlog.get_logger("dfproxy.engine")
 
+#: Seconds that an instance may stay in memory from step to step while others wait for its place.
+TURN = 1.0
 #: SQLSTATE of a checkpoint in a transaction that the step, or a default of its role, made read-only.
 _READ_ONLY = "25006"
 
@@ -73,7 +74,9 @@ class _ReloadError(Exception):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What instances share. `leave` takes an instance off the worker's books; `is_stopping`: no new steps."""
+    """What instances share. `leave` takes an instance off the worker's books; `is_stopping`: no new steps;
+    `is_crowded`: others wait for a place in memory.
+    """
 
     settings: EngineSettings
     store: Store
@@ -82,6 +85,7 @@ class Surroundings:
     http: HttpRunner
     leave: Callable[[HeldInstance], None]
     is_stopping: Callable[[], bool]
+    is_crowded: Callable[[], bool]
 
 
 class HeldInstance:
@@ -211,15 +215,18 @@ class HeldInstance:
         await self._loop(interpreter)
 
     async def _loop(self, interpreter: Interpreter) -> None:
+        turn = asyncio.get_running_loop().time() + TURN
         while not interpreter.finished:
             for key in interpreter.take_aborts():
                 self._abort(key)
-            if not self._shared.is_stopping():
-                for step in interpreter.take_steps():
-                    self._start(step)
-            elif not self._tasks and not self._mailbox:
+            stops = self._shared.is_stopping()
+            if not self._tasks and not self._mailbox and (
+                    stops or (self._shared.is_crowded() and asyncio.get_running_loop().time() > turn)):
                 await self._release()
                 return
+            if not stops:
+                for step in interpreter.take_steps():
+                    self._start(step)
             if not self._mailbox and not interpreter.running and await self._record(interpreter, Changes()):
                 return
             event = await self._next_event(interpreter.next_wake)
@@ -287,11 +294,7 @@ class HeldInstance:
                     # It has taken effect. What is not recorded yet must be, rather than done again.
                     self._forced[key] = outcome
                     raise
-            case NoSlot() if not self._tasks:
-                # Nothing of this instance runs: it queues up again, where another worker may have a connection.
-                await self._release()
-                return True
-            case NoSlot(error=error) | Failed(error=error):
+            case Failed(error=error):
                 changes = interpreter.step_failed(key, error, outcome.started_at, now)
                 left = await self._record(interpreter, changes)
             case _:
@@ -315,7 +318,8 @@ class HeldInstance:
         wake = interpreter.next_wake
         if wake is None and not interpreter.waiting_for:
             raise RuntimeError("the interpreter neither runs nor waits for anything")
-        if wake is not None and wake - self._store.clock.now() <= timedelta(seconds=self._settings.park_after):
+        patience = 0.0 if self._shared.is_crowded() else self._settings.park_after
+        if wake is not None and wake - self._store.clock.now() <= timedelta(seconds=patience):
             return await self._record(interpreter, changes, big=big, may_park=False)
         # Whatever arrives in the mailbox from here on has not been handled: it will wake the instance again.
         park = "infinity" if wake is None else wake.isoformat()

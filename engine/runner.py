@@ -31,6 +31,7 @@ from engine.connection import (
 from engine.identity import Identities, Identity, IdentityError
 from engine.model import Step, StepError
 from engine.settings import EngineSettings
+from engine.slots import Slots
 from engine.store import Store, is_infrastructure
 from proxy.wire.auth import AuthenticationError
 
@@ -80,13 +81,6 @@ class Committed(Outcome):
 @dataclass(slots=True)
 class Failed(Outcome):
     """The step failed; its transaction was rolled back."""
-
-    error: StepError
-
-
-@dataclass(slots=True)
-class NoSlot(Outcome):
-    """No connection became free in time; the step has not begun. `error` is what to say if it can't be put off."""
 
     error: StepError
 
@@ -158,10 +152,9 @@ class SessionPool:
         self._identities = identities
         self._pooled = pooled  # by somebody else, between here and the server
         self._target = Target.from_dsn(settings.dsn)
-        self._slots = asyncio.Semaphore(settings.max_user_connections)
+        self.slots = Slots(settings.max_user_connections, settings.execution_acquire_timeout)
         self._idle: dict[PoolKey, deque[StepConnection]] = {}
         self._idle_count = 0
-        self._in_use = 0
 
     @property
     def database(self) -> str:
@@ -170,17 +163,11 @@ class SessionPool:
 
     async def take_slot(self) -> None:
         """Waits for a place in the budget. Raises TimeoutError. A `lease` takes it over; otherwise `free_slot`."""
-        if self._slots.locked():
-            async with asyncio.timeout(self._settings.execution_acquire_timeout):
-                await self._slots.acquire()
-        else:
-            await self._slots.acquire()  # does not wait
-        self._in_use += 1
+        await self.slots.take()
 
     def free_slot(self) -> None:
         """Gives a place back that no lease has taken over."""
-        self._in_use -= 1
-        self._slots.release()
+        self.slots.free()
 
     async def lease(self, identity: Identity, database: str | None) -> SessionLease:
         """A session for a slot that was taken. Raises what StepConnection.connect raises, and IdentityError."""
@@ -192,7 +179,7 @@ class SessionPool:
             if connection.usable:
                 return SessionLease(self, key, connection)
             connection.abort()
-        while self._in_use + self._idle_count > self._settings.max_user_connections and self._evict():
+        while self.slots.in_use + self._idle_count > self._settings.max_user_connections and self._evict():
             pass
         return SessionLease(self, key, await self._connect(identity, database))
 
@@ -353,7 +340,7 @@ class Runner:
             await self.pool.take_slot()
         except TimeoutError:
             limit, wait = self._settings.max_user_connections, self._settings.execution_acquire_timeout
-            return NoSlot(started, StepError(
+            return Failed(started, StepError(
                 f"pg_durable: connection limit reached (max_user_connections={limit}). "
                 f"Timed out after {wait:g}s waiting for an available execution slot.", "53300"))
         try:

@@ -77,11 +77,14 @@ class InboxEntry:
 
 @dataclass(frozen=True, slots=True)
 class Poll:
-    """What one poll found. `next_due`: when the next parked instance is due, database time."""
+    """What one poll found. `next_due`: when the next parked instance is due, database time. `overdue`: some are due
+    that were not claimed, since the limit was 0.
+    """
 
     claims: list[Claim]
     inbox: list[InboxEntry]
     next_due: datetime | None
+    overdue: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,7 @@ SELECT {_SOON},
        (SELECT jsonb_agg(jsonb_build_array(s.instance_id, s.seq, s.kind, s.name, s.data) ORDER BY s.seq)
           FROM duroxide.inbox($1::text::uuid, $3::text::bigint[]) s)::text,
        extract(epoch FROM duroxide.next_due())::float8,
+       CASE WHEN $2 <= 0 THEN duroxide.overdue() END,
        extract(epoch FROM clock_timestamp())::float8
 """
 
@@ -407,11 +411,11 @@ class Store:
             row = await c.fetchrow(POLL, self.worker_id, limit, "{" + ",".join(map(str, handled)) + "}")
         assert row is not None
         self._handled.difference_update(handled)
-        _, claimed, inbox, next_due, now = row
+        _, claimed, inbox, next_due, overdue, now = row
         self._contact(sent, now)
         claims = [Claim(*item) for item in json.loads(claimed)] if claimed else []
         due = None if next_due is None else datetime.fromtimestamp(min(next_due, 253402300799.0), UTC)
-        return Poll(claims, _inbox(inbox), due)
+        return Poll(claims, _inbox(inbox), due, overdue=bool(overdue))
 
     def _contact(self, sent: float, database: float) -> None:
         self.last_contact = time.monotonic()

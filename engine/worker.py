@@ -63,6 +63,8 @@ class Worker:
         self._deadline = 0.0
         self._ended = asyncio.Event()
         self._started = False
+        self._crowded = False  # others are due, and there is no room for them
+        self._pressed = False  # the last poll claimed nothing, since too many steps wait for a connection
         self._former: str | None = None  # who this worker was in its last life
         self._pooled = False
         self._instances: dict[str, asyncio.Task[None]] = {}
@@ -128,8 +130,9 @@ class Worker:
             runner = Runner(self.settings, store, identities)
             client = HttpClient(self.settings.http, agent=f"pg_durable/0.2.6 dfproxy/{self.settings.version}")
             http = HttpRunner(self.settings, store, identities, client)
+            runner.pool.slots.on_room = self._on_room
             shared = Surroundings(self.settings, store, identities, runner, http, self._leave,
-                                  lambda: self._stopping)
+                                  lambda: self._stopping, lambda: self._crowded)
             log.info("worker ready", worker=self.settings.worker_name, identity=self.identity_report)
             try:
                 async with asyncio.TaskGroup() as group:
@@ -198,9 +201,12 @@ class Worker:
             self._wake.clear()
             if self._stopping and (not self._held or time.monotonic() >= self._deadline):
                 return
-            limit = 0 if self._stopping else min(settings.claim_batch, settings.max_instances - len(self._held))
+            slots = shared.runner.pool.slots
+            self._pressed = slots.waiting >= slots.crowd
+            limit = 0 if self._stopping or self._pressed else \
+                max(0, min(settings.claim_batch, settings.max_instances - len(self._held)))
             try:
-                found = await store.poll(max(0, limit))
+                found = await store.poll(limit)
                 claims = self._enter(found.claims, shared)
                 for entry in found.inbox:
                     if (instance := self._held.get(entry.instance_id)) is not None:
@@ -223,6 +229,7 @@ class Worker:
             self.statistics.claimed += len(claims)
             if claims:
                 group.create_task(self._begin(claims, shared, group))
+            self._rotate(found.overdue and not self._stopping)
             if claims or found.inbox:
                 pause = settings.poll_busy
                 if len(claims) == limit:
@@ -255,6 +262,17 @@ class Worker:
                 stale.cancel()
             self._held[claim.instance_id] = HeldInstance(claim.instance_id, shared)
         return list(claims)
+
+    def _rotate(self, crowded: bool) -> None:
+        """`crowded`: others wait for a place. Whoever only waits then leaves memory, whoever had its turn queues up."""
+        if crowded and not self._crowded:
+            for instance in list(self._held.values()):
+                instance.poke()
+        self._crowded = crowded
+
+    def _on_room(self) -> None:
+        if self._pressed:
+            self._wake.set()
 
     def _leave(self, instance: HeldInstance) -> None:
         if self._held.get(instance.instance_id) is instance:

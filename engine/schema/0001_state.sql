@@ -261,6 +261,16 @@ BEGIN
              WHERE q.owner IS NULL AND q.wake_at > now() AND q.wake_at < 'infinity' ORDER BY q.wake_at LIMIT 1);
 END $$;
 
+-- Whether anything is due that nobody holds.
+CREATE FUNCTION duroxide.overdue() RETURNS boolean
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM duroxide.queue q WHERE q.owner IS NULL AND q.wake_at <= clock_timestamp());
+END $$;
+
 -- Inbox entries of instances that this worker holds, until it says (p_handled, seqs) that it has taken them in: an answer
 -- that is lost on its way costs nothing. Like claim, it passes by what a caller's open transaction has locked (a delete),
 -- which must not hold up the worker.
@@ -361,5 +371,5 @@ $$;
 
 REVOKE ALL ON ALL TABLES IN SCHEMA duroxide FROM PUBLIC;
 REVOKE ALL ON FUNCTION duroxide.heartbeat(uuid), duroxide.leave(uuid), duroxide.claim(uuid, integer),
-    duroxide.next_due(), duroxide.inbox(uuid, bigint[]), duroxide.release(uuid, text[]),
+    duroxide.next_due(), duroxide.overdue(), duroxide.inbox(uuid, bigint[]), duroxide.release(uuid, text[]),
     duroxide.checkpoint(text, uuid, jsonb, text, bigint[], text[], jsonb, timestamptz, jsonb) FROM PUBLIC;

@@ -8,6 +8,7 @@ import json
 import psycopg
 import pytest
 
+from engine import instance as engine_instance
 from engine.interpreter import Interpreter
 from engine.worker import Worker
 from tests.engine.fix_graphs import if_, join, loop, race, seq, signal, sleep, sql
@@ -171,6 +172,25 @@ async def test_many_instances_at_once(database: Database) -> None:
             outcomes = await ended(c, *instances)
         assert {status for status, _ in outcomes} == {"completed"}
         assert c.rows("SELECT count(*), count(DISTINCT (i, n)) FROM t") == [(96, 96)]
+
+
+@pytest.mark.parametrize("crowd", ["busy", "asleep", "waiting for a connection"])
+async def test_nobody_starves(database18: Database, monkeypatch: pytest.MonkeyPatch, crowd: str) -> None:
+    """More endless workflows than there is room for, and one that comes last."""
+    await install(database18)
+    monkeypatch.setattr(engine_instance, "TURN", 0.1)
+    bodies = {"busy": sql("SELECT 1"), "asleep": seq(sql("SELECT 1"), sleep(1)), "waiting for a connection": sql("SELECT pg_sleep(0.01)")}
+    with Client(database18) as c:
+        async with running_worker(database18, max_instances=1000 if crowd.startswith("waiting") else 2, max_user_connections=1) as worker:
+            endless = [c.start(loop(bodies[crowd])) for _ in range(15)]
+            await until(lambda: worker.statistics.claimed >= 2)
+            last = c.start(sql("SELECT 1 AS n"))
+            assert (await ended(c, last))[0][0] == "completed"
+            # Everybody had a turn.
+            await until(lambda: c.one("SELECT count(DISTINCT instance_id) FROM duroxide.history") == 16)
+            for i in endless:
+                c.execute("SELECT df.cancel(%s)", i)
+            await ended(c, *endless)
 
 
 async def test_a_new_worker_goes_on_where_the_last_one_stopped(database: Database) -> None:
