@@ -1,8 +1,10 @@
 """A step's session with PostgreSQL: the wire codec in the client role.
 
 `StepConnection` pipelines: everything up to a step's result leaves in one write, and everything from there to COMMIT,
-with the clean-up of the session behind it, in a second one. Statements of one write share one Sync, so that none runs
-after one that failed: a step never runs outside the transaction that its BEGIN should have opened.
+with the clean-up of the session behind it, in a second one. No statement of a write runs after one that failed: a step
+never runs outside the transaction that its BEGIN should have opened. The first write ends with a Sync. The second ends
+with a Query that commits and cleans up, and that the server skips too after an error; it then waits for a Sync, and
+gets one when the error has come.
 """
 
 from __future__ import annotations
@@ -139,6 +141,9 @@ _CONSTRAINTS = _statement("SET CONSTRAINTS ALL IMMEDIATE")
 _LEAVE_ROLE = _statement("SET ROLE NONE")
 _SYNC = build.sync()
 _RESET = build.query(RESET)
+#: One message and one answer. COMMIT is first, and what follows runs only if it succeeds: before that an advisory lock
+#: of the step must not be given back, since nobody sees yet what it protected.
+_COMMIT_RESET = build.query("COMMIT; " + RESET)
 _ROLLBACK = build.query("ROLLBACK")
 _TIDY = b"".join(_statement(sql) for sql in TIDY)
 _TIDY_FAILED = build.query("; ".join(("ROLLBACK AND CHAIN", *TIDY, "COMMIT")))
@@ -169,10 +174,13 @@ _LOOK_AT = (
 class _Exchange:
     """What is written up to one ReadyForQuery, and the answers to it."""
 
-    __slots__ = ("columns", "copy", "described", "error", "future", "resync", "rows", "size", "status", "tag", "tags")
+    __slots__ = ("ahead", "columns", "committed", "copy", "described", "error", "future", "resync", "rows", "size",
+                 "status", "tag", "tags")
 
-    def __init__(self, future: asyncio.Future[_Exchange] | None, *, resync: bool = False) -> None:
+    def __init__(self, future: asyncio.Future[_Exchange] | None, *, resync: bool = False, ahead: int = 0) -> None:
         self.future = future
+        self.ahead = ahead  # how many statements are in front of _COMMIT_RESET, if that is how it ends
+        self.committed = False  # _COMMIT_RESET's COMMIT has succeeded
         self.resync = resync  # a Sync is needed after CopyFail: COPY FROM swallows the one sent
         self.described = False
         self.columns: list[ColumnDescription] | None = None
@@ -345,21 +353,26 @@ class StepConnection(asyncio.Protocol):
         """
         values = [None if a is None else a.encode() for a in arguments]
         tidy = _TIDY if self.pooled else b""
-        await self._commit([_LEAVE_ROLE, tidy, _CHECKPOINT, build.bind("", "", values), _EXECUTE, _COMMIT, _SYNC])
+        await self._commit([_LEAVE_ROLE, tidy, _CHECKPOINT, build.bind("", "", values), _EXECUTE], 2)
 
     async def commit(self) -> None:
         """COMMIT without a checkpoint, for steps in another database. Raises as `finish` does."""
-        await self._commit([_LEAVE_ROLE, _TIDY if self.pooled else b"", _COMMIT, _SYNC])
+        await self._commit([_LEAVE_ROLE, _TIDY if self.pooled else b""], 1)
 
-    async def _commit(self, parts: list[bytes]) -> None:
-        exchange = self._send(parts)
-        self._send_reset()
-        await self._wait(exchange)
-        if exchange.error is not None:
-            # The reset behind it was refused too, in the failed transaction; rollback() sends another.
-            raise exchange.error
-        if exchange.tags[-1:] != ["COMMIT"]:
-            raise ServerError({"C": "25P02", "M": "the transaction was rolled back instead of committed"})
+    async def _commit(self, parts: list[bytes], statements: int) -> None:
+        """COMMIT, and the reset behind it, after these parts; so many statements, where the session is not pooled."""
+        if self.pooled:
+            exchange = await self._exchange([*parts, _COMMIT, _SYNC])
+            committed = exchange.error is None and exchange.tags[-1:] == ["COMMIT"]
+        else:
+            exchange = self._send([*parts, _COMMIT_RESET], ahead=statements)
+            await self._wait(exchange)
+            committed = exchange.committed
+            if committed and (exchange.error is not None or exchange.status != _IDLE):
+                self._reset_fault = exchange.error or ServerError({"M": "the session is not idle"})
+        if not committed:
+            raise exchange.error or ServerError(
+                {"C": "25P02", "M": "the transaction was rolled back instead of committed"})
 
     async def run_outside(self, role_sql: str | None, sql: str) -> StepResult:
         """Runs a statement outside of a transaction block (at least once). Raises as `begin_and_run` does.
@@ -476,10 +489,10 @@ class StepConnection(asyncio.Protocol):
             raise StepRefusedError("a step can't change client_encoding", "0A000")
         return StepResult(exchange.columns, exchange.rows, exchange.tag or "")
 
-    def _send(self, parts: list[bytes], *, resync: bool = False) -> _Exchange:
+    def _send(self, parts: list[bytes], *, resync: bool = False, ahead: int = 0) -> _Exchange:
         if self.closed or self._transport is None:
             raise self._lost()
-        exchange = _Exchange(self._loop.create_future(), resync=resync)
+        exchange = _Exchange(self._loop.create_future(), resync=resync, ahead=ahead)
         self._enqueue(exchange)
         self._transport.write(b"".join(parts))
         return exchange
@@ -497,7 +510,7 @@ class StepConnection(asyncio.Protocol):
 
     def _attend(self, exchange: _Exchange) -> None:
         """Nobody reads what a reset's statements answer, unless it is an error."""
-        mode = PASS if exchange.future is None else WHOLE
+        mode = PASS if exchange.future is None or exchange.committed else WHOLE
         self._modes[_COMMAND_COMPLETE] = self._modes[_DATA_ROW] = self._modes[_ROW_DESCRIPTION] = mode
 
     async def _wait(self, exchange: _Exchange) -> None:
@@ -591,6 +604,8 @@ class StepConnection(asyncio.Protocol):
                 self._last_words = error
             elif exchange is not None and exchange.error is None:
                 exchange.error = error
+                if len(exchange.tags) < exchange.ahead and self._transport is not None:
+                    self._transport.write(_SYNC)
             return
         if type_ == Backend.PARAMETER_STATUS:
             name, value = backend.parameter_status(payload)
@@ -601,6 +616,9 @@ class StepConnection(asyncio.Protocol):
         if type_ == _COMMAND_COMPLETE:
             tag = backend.command_tag(payload)
             exchange.tags.append(tag)
+            if exchange.ahead and tag == "COMMIT" and len(exchange.tags) == exchange.ahead + 1:
+                exchange.committed = True
+                self._attend(exchange)
             if exchange.described and exchange.tag is None:
                 exchange.tag = tag
         elif type_ == _DATA_ROW:
