@@ -97,6 +97,7 @@ class Identities:
         self._secret = settings.secret
         self._cache: dict[tuple[int, str | None], tuple[float, Identity]] = {}
         self._password_lock = asyncio.Lock()
+        self._look_up_lock = asyncio.Lock()
 
     async def resolve(self, oid: int, instance_id: str, database: str | None = None) -> Identity:
         """The identity of a submitter. Raises IdentityError, and what the store's connections raise."""
@@ -104,10 +105,15 @@ class Identities:
         known = self._cache.get(key)
         if known is not None and known[0] > time.monotonic():
             return known[1]
-        identity = await self._look_up(oid, instance_id, database)
-        if len(self._cache) > 10_000:
-            self._cache.clear()
-        self._cache[key] = (time.monotonic() + CACHE, identity)
+        # One at a time: when an entry runs out, hundreds of workflows of the same role want it anew at once.
+        async with self._look_up_lock:
+            known = self._cache.get(key)
+            if known is not None and known[0] > time.monotonic():
+                return known[1]
+            identity = await self._look_up(oid, instance_id, database)
+            if len(self._cache) > 10_000:
+                self._cache.clear()
+            self._cache[key] = (time.monotonic() + CACHE, identity)
         return identity
 
     def forget(self, oid: int) -> None:
