@@ -14,6 +14,7 @@ CLIENTS, TRANSACTIONS, REPEATS = 4, 60, 3
 
 def run(stage: Stage) -> Iterator[Row]:
     """Yields the rows."""
+    stage.accounts()
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(stage.dfproxy("dfproxy", "--no-engine"))
         # One connection of the server for each of a client, as dfproxy promises; and the default, which hands one

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
 from collections.abc import Iterator
 
 from bench.measure import interleaved, median
@@ -18,8 +17,7 @@ REPEATS = 3
 
 def run(stage: Stage) -> Iterator[Row]:
     """Yields the rows, cell by cell."""
-    subprocess.run([str(stage.cluster.bin_dir / "pgbench"), "-i", "-q", "-s", "10", stage.uri()], check=True,
-                   capture_output=True)
+    stage.accounts()
     with contextlib.ExitStack() as stack:
         ours = stack.enter_context(stage.dfproxy())
         twice = stack.enter_context(stage.dfproxy("dfproxy of two processes", "--processes", "2"))

@@ -98,6 +98,14 @@ class Stage:
         return psycopg.connect(
             f"postgresql://postgres@/{database}?host={self.cluster.socket_dir}&port={self.port}", autocommit=True)
 
+    def accounts(self) -> None:
+        """Makes the tables of pgbench's own scripts."""
+        with psycopg.connect(self.uri(), autocommit=True) as c:
+            if c.execute("SELECT to_regclass('pgbench_accounts')").fetchone() != (None,):
+                return
+        subprocess.run([str(self.cluster.bin_dir / "pgbench"), "-i", "-q", "-s", "10", self.uri()], check=True,
+                       capture_output=True)
+
     def pgbench(self, program: Program, *arguments: str, clients: int, transactions: int) -> Run:
         """One run of pgbench, so many transactions by each client; the program's CPU time is counted meanwhile."""
         before = program.cpu()

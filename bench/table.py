@@ -57,7 +57,7 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-HEADER = f"{'':58}{'dfproxy':>10} {'yardstick':>11} {'ratio':>7}  reach"
+HEADER = f"{'':66}{'dfproxy':>10} {'yardstick':>11} {'ratio':>7}  reach"
 
 
 def line(row: Row) -> str:
@@ -66,7 +66,7 @@ def line(row: Row) -> str:
     verdict = {None: "", True: "yes", False: "NO"}[row.met]
     reach = f"{row.reach} {verdict}" if row.reach is not None else ""
     label = f"{row.what} ({row.unit}{'; ' + row.yardstick if row.yardstick else ''})"
-    text = f"{label:58}{number(row.figure):>10} {number(row.against) if row.against else '':>11} {ratio:>7}  {reach}"
+    text = f"{label:66}{number(row.figure):>10} {number(row.against) if row.against else '':>11} {ratio:>7}  {reach}"
     return text.rstrip() + (f"\n    {row.note}" if row.note else "")
 
 
