@@ -34,6 +34,13 @@ LANGUAGE sql IMMUTABLE AS $$
       FROM regexp_split_to_table(body, '\s+') WITH ORDINALITY AS w(word, n) GROUP BY 1
 $$;
 
+-- What has no vector of its present text.
+CREATE VIEW stale_chunks AS
+SELECT c.id, c.content
+  FROM chunks c
+  LEFT JOIN embeddings e ON e.chunk_id = c.id AND e.model = df.getvar('model') AND e.of_text = md5(c.content)
+ WHERE e.chunk_id IS NULL;
+
 \copy documents FROM 'documents.csv' WITH (FORMAT csv, HEADER)
 
 -- What the workflow knows by name. The key is stored encrypted, and HTTP steps alone can use it.

@@ -1,10 +1,4 @@
 -- Cut the documents into chunks, get vectors for those that have none (or one of an older text), four chunks a call.
-CREATE VIEW stale_chunks AS
-SELECT c.id, c.content
-  FROM chunks c
-  LEFT JOIN embeddings e ON e.chunk_id = c.id AND e.model = df.getvar('model') AND e.of_text = md5(c.content)
- WHERE e.chunk_id IS NULL;
-
 SELECT df.start(
   $$ INSERT INTO chunks (document_id, place, content)
      SELECT d.id, p.place, p.content FROM documents d CROSS JOIN split_text(d.body, 15) p

@@ -20,7 +20,7 @@ from tests.fix_postgres import running_cluster, versions
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.sql"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "examples").rglob("README.md"))]
 SECURITY = ROOT / "docs" / "security.md"
 #: Pages whose blocks are run one after the other. A first line `-- fails: ...` or `-- warns: ...` says what is expected.
 SESSIONS = [ROOT / "docs" / "guide.md", ROOT / "docs" / "reference.md"]

@@ -13,7 +13,7 @@ import pytest
 from psycopg import sql
 
 from tests.e2e.fix_dfproxy import Proxy, running_proxy
-from tests.fix_postgres import Cluster, Database, fresh_database
+from tests.fix_postgres import Cluster, Database, fresh_database, versions
 
 
 @dataclass
@@ -117,3 +117,20 @@ def test_other_errors_and_ones_own_df_are_left_alone(served: Served) -> None:
                 assert "dfproxy" not in (caught.value.diag.message_hint or "")
         finally:
             c.execute("DROP SCHEMA df CASCADE")
+
+
+def test_every_database_that_can_have_workflows(cluster18: Cluster) -> None:
+    """`--databases *`: a database in which the service role may not create schemas is left out, and says so."""
+    with fresh_database(cluster18, versions()[0]) as home:
+        second = f"{home.name}_second"
+        with psycopg.connect(cluster18.dsn(), autocommit=True) as admin:
+            admin.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(sql.Identifier(second), sql.Identifier(home.owner)))
+            with running_proxy(home.dsn(), "--databases", "*") as proxy:
+                served = Served(proxy, home, second, "postgres")
+                with served.connect(second) as c:
+                    assert rows(c, one(c, "SELECT df.start('SELECT 1' ~> 'SELECT current_database()::text AS d')")) == [{"d": second}]
+                with served.connect("postgres") as c, pytest.raises(psycopg.errors.InvalidSchemaName) as caught:
+                    c.execute("SELECT df.status('00000000')")
+                assert 'not in "postgres"' in (caught.value.diag.message_hint or "")
+                assert "no workflows in this database" in proxy.log.read_text()
+            admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(second)))
