@@ -118,9 +118,9 @@ class Through:
 
 
 @contextlib.contextmanager
-def through_a_proxy(cluster: Cluster, version: int) -> Iterator[Through]:
-    """A proxy of one's own in front of a fresh database, for tests that kill or stop it."""
-    with fresh_database(cluster, version) as database, running_proxy(database.dsn()) as proxy:
+def through_a_proxy(cluster: Cluster, version: int, *options: str) -> Iterator[Through]:
+    """A proxy of one's own in front of a fresh database, for tests that kill or stop it, or set something."""
+    with fresh_database(cluster, version) as database, running_proxy(database.dsn(), *options) as proxy:
         yield Through(proxy, database)
 
 
@@ -132,7 +132,8 @@ def _kept(_all_clusters: dict[int, Cluster]) -> Iterator[Callable[[int], Through
 
         def get(version: int) -> Through:
             if version not in made:
-                made[version] = stack.enter_context(through_a_proxy(_all_clusters[version], version))
+                made[version] = stack.enter_context(through_a_proxy(
+                    _all_clusters[version], version, "--set", "new_transaction_start_timeout=10"))  # machines are busy
             return made[version]
 
         yield get

@@ -10,20 +10,27 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.e2e.fix_dfproxy import Through, running_proxy
-from tests.fix_postgres import Cluster, fresh_database
-
-
-@pytest.fixture(scope="module")
-def served(cluster: Cluster, pg_version: int) -> Iterator[Through]:
-    with fresh_database(cluster, pg_version) as database, running_proxy(database.dsn(), "--set", "lease=3") as proxy:
-        yield Through(proxy, database)
+from tests.e2e.fix_dfproxy import Through, through_a_proxy
+from tests.fix_postgres import Cluster, versions
 
 
 @pytest.fixture
-def c(served: Through) -> Iterator[psycopg.Connection[Any]]:
-    with served.connect() as connection:
+def c(through: Through) -> Iterator[psycopg.Connection[Any]]:
+    with through.connect() as connection:
         yield connection
+
+
+@pytest.fixture
+def c18(through18: Through) -> Iterator[psycopg.Connection[Any]]:
+    with through18.connect() as connection:
+        yield connection
+
+
+@pytest.fixture(scope="module")
+def quick(cluster18: Cluster) -> Iterator[Through]:
+    """A proxy whose worker sends heartbeats often."""
+    with through_a_proxy(cluster18, versions()[0], "--set", "lease=3") as through:
+        yield through
 
 
 def one(c: psycopg.Connection[Any], query: str, *arguments: object) -> Any:
@@ -38,15 +45,15 @@ def ended(c: psycopg.Connection[Any], instance: str) -> Any:
     return json.loads(one(c, "SELECT df.result(%s)", instance))
 
 
-def test_b3_a_chain_of_200_steps(c: psycopg.Connection[Any]) -> None:
+def test_b3_a_chain_of_200_steps(c18: psycopg.Connection[Any]) -> None:
     chain = " ~> ".join(f"'SELECT {n} AS n'" for n in range(200))
-    assert ended(c, one(c, f"SELECT df.start({chain})"))["rows"] == [{"n": 199}]
+    assert ended(c18, one(c18, f"SELECT df.start({chain})"))["rows"] == [{"n": 199}]
 
 
-def test_b3_a_join_of_1001_branches(c: psycopg.Connection[Any]) -> None:
-    instance = one(c, "SELECT df.start(df.join(VARIADIC (SELECT array_agg('SELECT ' || n ORDER BY n) FROM generate_series(1, 1001) n)))")
-    assert len(ended(c, instance)) == 1001
-    assert one(c, "SELECT count(*) FROM df.nodes WHERE instance_id = %s", instance) == 1002
+def test_b3_a_join_of_1001_branches(c18: psycopg.Connection[Any]) -> None:
+    instance = one(c18, "SELECT df.start(df.join(VARIADIC (SELECT array_agg('SELECT ' || n ORDER BY n) FROM generate_series(1, 1001) n)))")
+    assert len(ended(c18, instance)) == 1001
+    assert one(c18, "SELECT count(*) FROM df.nodes WHERE instance_id = %s", instance) == 1002
 
 
 def test_b4_functions_and_operators_give_the_same_text(c: psycopg.Connection[Any]) -> None:
@@ -107,31 +114,36 @@ def test_b12_a_schedule_is_computed_when_its_step_runs(c: psycopg.Connection[Any
     c.execute("SELECT df.cancel(%s)", (instance,))
 
 
-def test_b21_the_extension_can_be_created_again_and_the_heartbeat_moves(c: psycopg.Connection[Any]) -> None:
+def test_b21_the_extension_can_be_created_again(c: psycopg.Connection[Any]) -> None:
     c.execute("CREATE EXTENSION IF NOT EXISTS pg_durable")
     c.execute("CREATE EXTENSION pg_durable")
     with pytest.raises(psycopg.errors.FeatureNotSupported) as caught:
         c.execute("DROP EXTENSION pg_durable CASCADE")
     assert "dfproxy uninstall" in (caught.value.diag.message_hint or "")
     assert one(c, "SELECT sentinel FROM duroxide._worker_ready") is True
-    seen = one(c, "SELECT last_seen_at FROM df._worker_epoch")
-    deadline = time.monotonic() + 60
-    while one(c, "SELECT last_seen_at FROM df._worker_epoch") == seen:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
-def test_a_deleted_workflow_stops_running(c: psycopg.Connection[Any]) -> None:
-    c.execute("CREATE TABLE IF NOT EXISTS deleted (n int)")
-    instance = one(c, "SELECT df.start('INSERT INTO deleted SELECT 1 FROM pg_sleep(600)')")
-    running = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dfproxy:step' AND query LIKE 'INSERT INTO deleted%%' AND state = 'active'"
-    deadline = time.monotonic() + 60
-    while one(c, running) == 0:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    c.execute("SELECT df.delete_instance(%s, force => true)", (instance,))
-    while one(c, running) > 0:  # at the latest when the worker next compares notes with the database, once a lease
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert one(c, "SELECT count(*) FROM deleted") == 0
-    assert one(c, "SELECT df.status(%s)", instance) is None
+def test_b21_the_heartbeat_moves(quick: Through) -> None:
+    with quick.connect() as c:
+        seen = one(c, "SELECT last_seen_at FROM df._worker_epoch")
+        deadline = time.monotonic() + 60
+        while one(c, "SELECT last_seen_at FROM df._worker_epoch") == seen:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_a_deleted_workflow_stops_running(quick: Through) -> None:
+    with quick.connect() as c:
+        c.execute("CREATE TABLE IF NOT EXISTS deleted (n int)")
+        instance = one(c, "SELECT df.start('INSERT INTO deleted SELECT 1 FROM pg_sleep(600)')")
+        running = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dfproxy:step' AND query LIKE 'INSERT INTO deleted%%' AND state = 'active'"
+        deadline = time.monotonic() + 60
+        while one(c, running) == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        c.execute("SELECT df.delete_instance(%s, force => true)", (instance,))
+        while one(c, running) > 0:  # at the latest when the worker next compares notes with the database, once a lease
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert one(c, "SELECT count(*) FROM deleted") == 0
+        assert one(c, "SELECT df.status(%s)", instance) is None

@@ -6,14 +6,12 @@ All workflows are started at once, in one session through the proxy; each has it
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import psycopg
 import pytest
 
-from tests.e2e.fix_dfproxy import Through, running_proxy
-from tests.fix_postgres import Cluster, fresh_database
+from tests.e2e.fix_dfproxy import Through
 
 TABLES = """
 CREATE TABLE trace (workflow text, what text);
@@ -117,12 +115,6 @@ YIELDS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def served(cluster: Cluster, pg_version: int) -> Iterator[Through]:
-    with fresh_database(cluster, pg_version) as database, running_proxy(database.dsn()) as proxy:
-        yield Through(proxy, database)
-
-
 def plain(result: Any) -> Any:
     """Rows as lists of values; within an array, a result of one row as that row."""
     if isinstance(result, dict) and set(result) == {"rows", "row_count"}:
@@ -138,8 +130,8 @@ def inside(item: Any) -> Any:
     return [inside(i) for i in item] if isinstance(item, list) else item
 
 
-def test_what_workflows_yield(served: Through) -> None:
-    with served.connect() as c:
+def test_what_workflows_yield(through: Through) -> None:
+    with through.connect() as c:
         c.execute("SET client_min_messages = error")
         c.execute(TABLES)
         c.execute("SELECT df.setvar('greeting', 'Hello'), df.setvar('braces', '{greeting}')")
@@ -168,8 +160,8 @@ def test_what_workflows_yield(served: Through) -> None:
         assert c.execute("SELECT workflow FROM trace ORDER BY 1").fetchall() == [("dml",), ("join",)]
 
 
-def test_generations_and_names_of_root_loops(served: Through) -> None:
-    with served.connect() as c:
+def test_generations_and_names_of_root_loops(through: Through) -> None:
+    with through.connect() as c:
         row = c.execute("SELECT df.start(df.loop('SELECT 1 AS n', 'SELECT count(*) < 3 FROM df.instance_executions(''{sys_instance_id}'')'), 'root'),"
                         "       df.start('SELECT 1' ~> df.loop(df.sleep(0), 'SELECT false'), 'below')").fetchone()
         assert row is not None
@@ -180,12 +172,12 @@ def test_generations_and_names_of_root_loops(served: Through) -> None:
                 ["ContinuedAsNew"] * (rounds - 1) + ["Completed"],)
 
 
-def test_a_round_that_does_nothing_takes_a_second(served: Through) -> None:
-    with served.connect() as c, pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+def test_a_round_that_does_nothing_takes_a_second(through18: Through) -> None:
+    with through18.connect() as c, pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
         instance = c.execute("SELECT df.start(@> df.sleep(0))").fetchone()
         assert instance is not None
         c.execute("SELECT df.await_instance(%s, 2)", instance)
-    with served.connect() as c:
+    with through18.connect() as c:
         rounds = c.execute("SELECT current_execution_id FROM df.instance_info(%s)", instance).fetchone()
         assert rounds is not None
         assert 1 <= rounds[0] <= 5
