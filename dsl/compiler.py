@@ -229,22 +229,45 @@ class _Fragment:
         depth: int = 0,
         position: Callable[[int], int] = lambda offset: offset + 1,
         outermost: str | None = None,
+        claimed: bool = False,
     ) -> None:
         self._sql = sql
         self._tokens = tokens
         self._starts = tokens.starts
         self._ends = tokens.ends
-        self._warnings = warnings
+        self.warnings = warnings
         self._plpgsql = plpgsql
         self._depth = depth
         self._position = position  # offset in this text -> 1-based position in the client's
         self._outermost = sql if outermost is None else outermost
         self._edits: list[Edit] = []
+        self._claimed = claimed
+        self._scanner = Scanner(tokens, self, plpgsql=plpgsql, claimed=claimed)
+        self.sorted: list[Edit] = []  # of a fragment within another
+        self._within: dict[tuple[int, bool], _Fragment | None] = {}  # what literals hold, by token
+
+    @property
+    def skipped(self) -> bool:
+        """Whether operators were left alone because nothing says that they are ours."""
+        return bool(self._scanner.skipped)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it speaks of workflows."""
+        return bool(self._scanner.speaking)
 
     def edits(self) -> list[Edit]:
         """What has to change, in offsets of this text. Raises CompileFault."""
-        if not Scanner(self._tokens, self, plpgsql=self._plpgsql).run():
+        warned = len(self.warnings)
+        if not self._scanner.run():
             return []
+        speaking = self._scanner.speaking
+        if speaking & self._scanner.skipped:  # what makes them speak came after what was skipped
+            self._edits = []
+            del self.warnings[warned:]
+            self._scanner = Scanner(
+                self._tokens, self, plpgsql=self._plpgsql, claimed=self._claimed, speaking=speaking)
+            self._scanner.run()
         return self._edits
 
     # Editing and reporting
@@ -264,7 +287,7 @@ class _Fragment:
 
     def _wrap(self, warning: CompileWarning, first: int, last: int) -> None:
         """Make the expression of tokens [first, last] raise a warning."""
-        self._warnings.append(warning)
+        self.warnings.append(warning)
         before, after = reading.warning_call(warning)
         start, end = self._starts[first], self._ends[last]
         self._edit(start, start, before, start, OPEN)
@@ -315,8 +338,11 @@ class _Fragment:
         for index, operand in enumerate(operands):
             role = roles[max(index - 1, 0)] if roles else None
             takes = _ANY
+            loops = operand.loops and bool(expected or role or operand.evidence or not chain.bare)
+            if loops:
+                self._loops(operand)
             if operand.shape in (GROUP, CASED):
-                if role is not None or (operand.prefixes and operand.prefixes[0] == (operand.first, True)):
+                if role is not None or (loops and operand.prefixes[0] == (operand.first, True)):
                     takes = _FUTURE
                 elif not roles:
                     takes = expected
@@ -326,8 +352,6 @@ class _Fragment:
                 inner += [(c, takes, False) for c in operand.inner]
         if unwrapped is not None:
             inner.append((unwrapped, _FUTURE, True))
-        for operand in operands:
-            self._loops(operand)
         if any(roles):
             self._rewrite(chain, roles)
         return inner
@@ -336,7 +360,7 @@ class _Fragment:
         """For each operator of the chain, itself if it is ours, else None. Checks that `?>` and `!>` pair up."""
         operands = chain.operands
         roles: list[str | None] = []
-        if expected == _ANY and _foreign(chain):
+        if expected == _ANY and (not chain.claimed or _foreign(chain)):
             return [None] * len(chain.ops)
         left = operands[0].yields_future
         pending: int | None = None
@@ -421,7 +445,7 @@ class _Fragment:
             warning = self._surprise(chain, roles, index, symbol, previous, sequence)
             if warning is not None and warning[0] not in warned:
                 warned.add(warning[0])
-                self._warnings.append(warning[1])
+                self.warnings.append(warning[1])
                 before, after = reading.warning_call(warning[1])
                 openings.append(before)
                 self._edit(end, end, after, anchor, CLOSE)
@@ -710,19 +734,21 @@ class _Fragment:
 
     def dynamic(self, token: int) -> None:
         """See `scanner.Listener`."""
-        self._embedded(token, plpgsql=False)
+        fragment = self._embedded(token, plpgsql=False, claimed=self._scanner.claimed)
+        if fragment is not None and fragment.speaks:
+            self._scanner.speak()
 
     def _explain(self, argument: Argument) -> None:
         operand = self._single(argument)
         if operand is not None and operand.shape == LITERAL:
-            self._embedded(operand.first, plpgsql=False)
+            self._embedded(operand.first, plpgsql=False, claimed=True)
 
     def statement(self, statement: Statement, last: int) -> None:
         """See `scanner.Listener`."""
         if statement.kind in ("routine", "do"):
             language = statement.language or ("plpgsql" if statement.kind == "do" else "sql")
             if statement.body is not None and language in _LANGUAGES:
-                self._embedded(statement.body, plpgsql=_LANGUAGES[language])
+                self._embedded(statement.body, plpgsql=_LANGUAGES[language], claimed=self._scanner.claimed)
         elif statement.kind == "create extension":
             # Line breaks inside the statement stay, at its end.
             lines = self._sql.count("\n", self._starts[statement.first], self._ends[last])
@@ -734,31 +760,45 @@ class _Fragment:
                  'Run "dfproxy uninstall" to remove its schemas from this database.', "0A000"), statement.target
             )  # fmt: skip
 
-    def _embedded(self, token: int, *, plpgsql: bool) -> None:
-        """Compile the SQL inside a literal."""
-        if self._depth >= MAX_BODY_DEPTH or not _mentions(self._tokens.text(token)):
-            return
+    def _embedded(self, token: int, *, plpgsql: bool, claimed: bool) -> _Fragment | None:
+        """Compile the SQL inside a literal; what it is, where it is of interest."""
         found = self._literal(token)
-        if found is None or not _mentions(found.value):
-            return
-        body = lex(found.value, standard_conforming_strings=self._tokens.conforming)
-        if body is None or not _relevant(body):
-            return
+        if found is None:
+            return None
         start = self._starts[token]
-        outer = self._position
-
-        def position(offset: int) -> int:
-            return outer(start + found.at(offset))
-
-        fragment = _Fragment(found.value, body, self._warnings, plpgsql=plpgsql, depth=self._depth + 1,
-                             position=position, outermost=self._outermost)  # fmt: skip
-        for edit in sorted(fragment.edits(), key=lambda e: e.key):
+        if (token, claimed) not in self._within:
+            self._within[token, claimed] = self._fragment(token, found, plpgsql=plpgsql, claimed=claimed)
+        fragment = self._within[token, claimed]
+        if fragment is None:
+            return None
+        if fragment.skipped:
+            self._scanner.skip()
+        self.warnings += fragment.warnings
+        for edit in fragment.sorted:
             text = found.encode(edit.text)
             if found.delimiter is not None and found.delimiter in text:
                 text = text.replace("$", "")  # a message's excerpt; the code that we write has no dollar
             begin = start + found.at(edit.start)
             end = start + found.at(edit.end - 1) + _width(found, edit.end - 1) if edit.end > edit.start else begin
             self._edit(begin, end, text, start + found.at(edit.anchor), edit.rank)
+        return fragment
+
+    def _fragment(self, token: int, found: Literal, *, plpgsql: bool, claimed: bool) -> _Fragment | None:
+        if self._depth >= MAX_BODY_DEPTH or not _mentions(self._tokens.text(token)) or not _mentions(found.value):
+            return None
+        body = lex(found.value, standard_conforming_strings=self._tokens.conforming)
+        if body is None or not _relevant(body):
+            return None
+        start = self._starts[token]
+        outer = self._position
+
+        def position(offset: int) -> int:
+            return outer(start + found.at(offset))
+
+        fragment = _Fragment(found.value, body, [], plpgsql=plpgsql, depth=self._depth + 1,
+                             position=position, outermost=self._outermost, claimed=claimed)  # fmt: skip
+        fragment.sorted = sorted(fragment.edits(), key=lambda e: e.key)
+        return fragment
 
 
 def _width(found: Literal, offset: int) -> int:

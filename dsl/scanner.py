@@ -3,10 +3,13 @@
 PostgreSQL's grammar is too big to parse here and not needed: between boundaries (a comma, a bracket, a comparison, a
 reserved word) an expression is one level of operands joined by operators of equal precedence that group to the left.
 Tighter operators belong to their operand. Nothing recurses: brackets nest on a stack of `Frame`s.
+
+Whether an operator is meant as ours, dsl.evidence says: others spell theirs the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,6 +33,7 @@ from dsl.dialect import (
     Tokens,
     names,
 )
+from dsl.evidence import NEUTRAL, NOTHING, Evidence, reads_as_step
 from dsl.flow import Flow
 from dsl.surface import BUILDERS, FUNCTIONS, Function
 
@@ -58,7 +62,7 @@ _CAN_FOLLOW_SOFT = frozenset({STRING, NUMBER, PARAM, IDENT, QUOTED})
 class Operand:
     """Tokens [first, last] between two operators of the level."""
 
-    __slots__ = ("call", "close", "first", "inner", "last", "prefixes", "shape")
+    __slots__ = ("call", "close", "evidence", "first", "inner", "last", "prefixes", "shape", "told")
 
     def __init__(self, first: int) -> None:
         self.first = first
@@ -70,10 +74,19 @@ class Operand:
         self.prefixes: list[tuple[int, bool]] = []
         #: Expressions in parentheses or in the branches of a CASE, which stand where this operand stands.
         self.inner: list[Chain] = []
+        self.told = False  # a call whose first argument reads as a step
+        self.evidence = NOTHING  # known once the expression is complete
+
+    @property
+    def loops(self) -> bool:
+        """Whether `@>` stands before it, and may be ours."""
+        return self.shape != NONTEXT and any(loop for _, loop in self.prefixes)
 
     @property
     def yields_future(self) -> bool:
         """Whether it is evidently the text of a future."""
+        if self.evidence is not NOTHING:
+            return self.evidence is Evidence.FUTURE
         if self.prefixes:
             return self.prefixes[0] == (self.first, True)
         if self.shape == CALL:
@@ -84,12 +97,16 @@ class Operand:
 class Chain:
     """Operands joined by operators of one precedence, which group to the left."""
 
-    __slots__ = ("distinctive", "flow", "operands", "ops", "yields_future")
+    __slots__ = ("bare", "claimed", "distinctive", "evidence", "flow", "operands", "ops", "yields_future")
 
     def __init__(self) -> None:
         self.operands: list[Operand] = []
         #: (first token, last token, operator); two tokens or more for OPERATOR(schema.op).
         self.ops: list[tuple[int, int, str]] = []
+        #: No df call is around it, and nothing else in its statement says that operators are meant as ours.
+        self.bare = False
+        self.claimed = True  # its operators can be ours: an operand says so, or it is not bare
+        self.evidence = NOTHING  # of the whole
         self.distinctive = False
         self.yields_future = False
         self.flow: Flow | None = None
@@ -98,8 +115,32 @@ class Chain:
         """Whether operator `index` has an operand that can't be text, so that it can't be ours."""
         return self.operands[index + 1].shape == NONTEXT or (index == 0 and self.operands[0].shape == NONTEXT)
 
+    def judge(self) -> None:
+        """What the operands say about a bare expression, whose operators group to the left."""
+        left = self.operands[0].evidence
+        claimed = False
+        for index, (_, _, symbol) in enumerate(self.ops):
+            right = self.operands[index + 1].evidence
+            if symbol in DISTINCTIVE:
+                ours = not self.nontext(index) and left.with_operator(right)
+                claimed = claimed or ours
+                left = Evidence.FUTURE if ours else NOTHING
+            elif symbol in ("&", "|"):
+                left = NOTHING if self.nontext(index) else left.beside(right)
+                claimed = claimed or left is Evidence.FUTURE
+            elif symbol == "||":
+                left = left.continued(right)
+            else:
+                left = NOTHING
+        self.claimed, self.evidence = claimed, left
+
     def settle(self) -> None:
         """Derive what the operators say about the whole, once it is complete."""
+        if self.bare:
+            self.judge()
+        if not self.claimed:
+            self.yields_future = self.evidence is Evidence.FUTURE
+            return
         self.distinctive = any(o[2] in DISTINCTIVE and not self.nontext(i) for i, o in enumerate(self.ops))
         left = self.operands[0].yields_future
         for index, (_, _, symbol) in enumerate(self.ops):
@@ -200,7 +241,11 @@ class Frame:
 class Scanner:
     """One pass over the tokens of one text."""
 
-    def __init__(self, tokens: Tokens, listener: Listener, *, plpgsql: bool = False) -> None:
+    def __init__(
+        self, tokens: Tokens, listener: Listener, *, plpgsql: bool = False, claimed: bool = False,
+        speaking: Iterable[int] = (),
+    ) -> None:
+        """`claimed`: the text stands where operators are ours; `speaking`: in these of its statements they are."""
         self._tokens = tokens
         self._kinds = tokens.kinds
         self._words = tokens.words
@@ -210,6 +255,25 @@ class Scanner:
         self._frame = Frame(TOP, None, 0)
         self._stack: list[Frame] = []
         self._statement: Statement | None = None
+        self._calls = 0  # df calls that are open
+        self._claimed = claimed
+        self._number = 0  # of the statement
+        #: Statements that speak of workflows, as far as is known; those that have operators that were left alone.
+        self.speaking = set(speaking)
+        self.skipped: set[int] = set()
+
+    @property
+    def claimed(self) -> bool:
+        """Whether the operators of the statement that is being read are ours."""
+        return self._claimed or self._number in self.speaking
+
+    def speak(self) -> None:
+        """The statement that is being read speaks of workflows."""
+        self.speaking.add(self._number)
+
+    def skip(self) -> None:
+        """Operators in it were left alone."""
+        self.skipped.add(self._number)
 
     def run(self) -> bool:
         """Report everything; False if brackets don't match, so that nothing reported can be relied on."""
@@ -397,7 +461,10 @@ class Scanner:
         frame = self._frame
         if frame.expecting:
             if symbol in DISTINCTIVE and frame.operand is None:
-                self._missing_left(first, symbol)
+                if self._bare:
+                    self.skip()
+                else:
+                    self._missing_left(first, symbol)
             self._operand(first).prefixes.append((first, symbol == LOOP))
             return last + 1
         assert frame.chain is not None
@@ -482,6 +549,7 @@ class Scanner:
             self._frame.columns = False
             if self._frame.kind == TOP:
                 self._end_statement(index - 1)
+            self._number += not self._plpgsql  # whose variables carry futures from statement to statement
         else:
             self._break(index)
         return index + 1
@@ -497,6 +565,7 @@ class Scanner:
             call = self._df_call(index, frame)
             self._open(index, ARGUMENTS, call)
             if call is not None:
+                self._calls += 1
                 self._frame.argument = Argument(index + 1)
                 self._listener.call_opened(call)
             return
@@ -513,6 +582,8 @@ class Scanner:
         if before in _NOT_CALLS or (statement is not None and statement.kind == "definition"):
             return None
         name = self._words[index - 1].removeprefix('"')
+        if name not in NEUTRAL:
+            self.speak()
         return Call(name, first, name in FUNCTIONS, overloads=FUNCTIONS.get(name, ()))
 
     def _open(self, index: int, kind: int, call: Call | None) -> None:
@@ -555,7 +626,11 @@ class Scanner:
             tail = CALL
             if owner.shape == NAME:
                 owner.shape = ANYTHING
-            if frame.call is not None:
+            if frame.call is None:
+                first = frame.open + 1
+                owner.told = self._kinds[first] == STRING and reads_as_step(self._tokens, first)
+            else:
+                self._calls -= 1
                 if not self._has_body(owner, frame.call.at):
                     owner.shape, owner.call = CALL, frame.call
                 self._listener.call_closed(frame.call)
@@ -707,14 +782,54 @@ class Scanner:
             return None
         if operand is not None:
             operand.last = index - 1
+        chain.bare = self._bare
+        if chain.bare:
+            self._weigh(chain, frame.kind)
         if expecting:
             return self._unfinished(chain, operand, index)
         chain.settle()
+        if chain.bare and (chain.claimed or any(o.loops and o.evidence for o in chain.operands)):
+            self.speak()
+        elif chain.bare and (any(o[2] in DISTINCTIVE for o in chain.ops) or any(o.loops for o in chain.operands)):
+            self.skip()
         return chain
+
+    @property
+    def _bare(self) -> bool:
+        return not self._calls and not self.claimed
+
+    def _weigh(self, chain: Chain, kind: int) -> None:
+        """What each operand of a bare expression says, where it matters."""
+        inner = kind in (PAREN, CASE)
+        if not inner and not chain.ops and not chain.operands[0].prefixes:
+            return
+        for operand in chain.operands:
+            operand.evidence = self._evidence(operand)
+
+    def _evidence(self, operand: Operand) -> Evidence:
+        found = NOTHING
+        if operand.shape == LITERAL:
+            step = reads_as_step(self._tokens, operand.first + len(operand.prefixes))
+            found = Evidence.STEP if step else Evidence.TEXT
+        elif operand.shape == GROUP:
+            found = operand.inner[0].evidence
+        elif operand.shape == CASED and operand.inner:
+            branches = [chain.evidence for chain in operand.inner]
+            found = max(branches) if max(branches) >= Evidence.STEP else min(branches)
+        elif operand.shape == CALL and operand.call is not None and operand.call.name in BUILDERS:
+            found = Evidence.FUTURE
+        elif operand.shape == ANYTHING and operand.told:
+            found = Evidence.STEP
+        if operand.prefixes:  # of something else: there is no telling what it makes of its operand
+            return Evidence.FUTURE if found and all(loop for _, loop in operand.prefixes) else NOTHING
+        return found
 
     def _unfinished(self, chain: Chain, operand: Operand | None, index: int) -> Chain | None:
         """An operator has nothing on its right: an error if it can only be ours."""
         following = self._words[index] if index < self._count else ";"
+        if chain.bare and not chain.operands[0].evidence:
+            self.skip()
+            return None  # the server will say what it thinks of it
         if operand is None and chain.ops:
             token, _, symbol = chain.ops[-1]
             if symbol in DISTINCTIVE and not (chain.ops[:-1] == [] and chain.operands[0].shape == NONTEXT):

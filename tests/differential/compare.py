@@ -136,5 +136,5 @@ def accepted(document: Path = _DOCUMENT) -> dict[str, set[str]]:
     """
     found: dict[str, set[str]] = {}
     for name, where in _ROW.findall(document.read_text()):
-        found.setdefault(name, set()).add(where)
+        found.setdefault(name.replace("\\|", "|"), set()).add(where)
     return found

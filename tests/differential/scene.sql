@@ -64,3 +64,7 @@ CREATE OPERATOR @> (RIGHTARG = int, FUNCTION = int_prefix);
 CREATE OPERATOR ~>~> (LEFTARG = int, RIGHTARG = int, FUNCTION = int_over);
 GRANT USAGE, CREATE ON SCHEMA public TO PUBLIC;
 CREATE OPERATOR ~> (LEFTARG = bigint, RIGHTARG = bigint, FUNCTION = int8pl);
+CREATE OPERATOR |=> (LEFTARG = text, RIGHTARG = text, FUNCTION = textcat);
+CREATE FUNCTION text_prefix(text) RETURNS text LANGUAGE sql IMMUTABLE AS $$ SELECT '<' || $1 || '>' $$;
+CREATE OPERATOR @> (RIGHTARG = text, FUNCTION = text_prefix);
+CREATE OPERATOR ~> (RIGHTARG = int, FUNCTION = int_prefix);

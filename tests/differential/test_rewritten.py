@@ -59,12 +59,12 @@ CASES = {
         "CREATE FUNCTION play.f() RETURNS text LANGUAGE plpgsql AS 'BEGIN RETURN ''a'' ~> ''b''; ^^ELSE END'",
         "CREATE FUNCTION play.f() RETURNS text LANGUAGE plpgsql AS 'BEGIN RETURN df.seq(''a'', ''b''); ELSE END'",
     ),
-    "prepared in SQL": ("PREPARE p AS SELECT 'a' ~> $1, ^^nosuch", "PREPARE p AS SELECT df.seq('a', $1), nosuch"),
+    "prepared in SQL": ("PREPARE p AS SELECT 'SELECT 1' ~> $1, ^^nosuch", "PREPARE p AS SELECT df.seq('SELECT 1', $1), nosuch"),
     "insert select": (
-        "INSERT INTO parents SELECT 9, 'a' ~> title, -1 FROM documents WHERE id = 1",
-        "INSERT INTO parents SELECT 9, df.seq('a', title), -1 FROM documents WHERE id = 1",
+        "INSERT INTO parents SELECT 9, 'SELECT 1' ~> title, -1 FROM documents WHERE id = 1",
+        "INSERT INTO parents SELECT 9, df.seq('SELECT 1', title), -1 FROM documents WHERE id = 1",
     ),
-    "explain": ("EXPLAIN (COSTS off, VERBOSE) SELECT 'a' ~> title FROM documents", "EXPLAIN (COSTS off, VERBOSE) SELECT df.seq('a', title) FROM documents"),
+    "explain": ("EXPLAIN (COSTS off, VERBOSE) SELECT 'SELECT 1' ~> title FROM documents", "EXPLAIN (COSTS off, VERBOSE) SELECT df.seq('SELECT 1', title) FROM documents"),
 }  # fmt: skip
 
 

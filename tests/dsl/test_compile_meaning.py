@@ -268,8 +268,8 @@ def test_bodies_run(server: psycopg.Connection[tuple[str]]) -> None:
         " FOR r IN SELECT @> 'c' LOOP w := w & r ~> 'd'; END LOOP;\n"
         " EXECUTE 'SELECT $1 ~> ''e''' INTO w USING w; IF w = 'f' ~> 'g' THEN RETURN 'no'; END IF;\n"
         " CASE WHEN x = 'a' THEN w := w |=> 'n'; ELSE NULL; END CASE; RETURN w; END $f$",
-        "CREATE FUNCTION f2() RETURNS text LANGUAGE sql AS 'SELECT f1(''a'') ~> ''it''''s'''",
-        "CREATE FUNCTION f3() RETURNS text LANGUAGE sql RETURN f2() ~> 'z'",
+        "CREATE FUNCTION f2() RETURNS text LANGUAGE sql AS 'SELECT f1(''a'') ~> ''SELECT it''''s'''",
+        "CREATE FUNCTION f3() RETURNS text LANGUAGE sql RETURN f2() ~> df.sql('z')",
         "DO $a$ BEGIN EXECUTE $b$ CREATE FUNCTION f4() RETURNS SETOF text LANGUAGE plpgsql AS $c$ BEGIN\n"
         " RETURN NEXT 'a' ~> 'b'; RETURN QUERY SELECT f3() & 'q' ~> 'r'; RETURN; END $c$ $b$; END $a$",
     ]
@@ -281,7 +281,7 @@ def test_bodies_run(server: psycopg.Connection[tuple[str]]) -> None:
         assert value_of is not None
     rows = server.execute("SELECT f4()").fetchall()
     named = "NAME[n](THEN(THEN(JOIN(THEN(a,b),LOOP(c)),d),e))"
-    assert rows == [("THEN(a,b)",), (f"THEN(JOIN(THEN(THEN({named},it's),z),q),r)",)]
+    assert rows == [("THEN(a,b)",), (f"THEN(JOIN(THEN(THEN({named},SELECT it's),SQL(z)),q),r)",)]
 
 
 def test_an_error_position_points_at_the_source(server18: psycopg.Connection[tuple[str]]) -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dsl.compiler import compile_sql, mentions_dsl
-from dsl.dialect import Tokens, lex, literal
+from dsl.compiler import MAX_BODY_DEPTH, compile_sql, mentions_dsl
+from dsl.dialect import DISTINCTIVE, Tokens, lex, literal
 from tests.fix_postgres import Database
 
 _PIECES = r"""~> |=> ?> !> @> & | || :: := => = < ( ) [ ] , ; . .. : + - * / % -- /* */ ' '' " $$ $x$ $1 $ \ # @ ~ ! ? { }
@@ -95,6 +95,35 @@ def test_only_spans_change(operands: list[str], operators: list[str], frame: str
         if source.startswith(found.group(), at):
             continue
         assert "duroxide.warning(" in compiled.sql  # the texts of warnings quote the source
+
+
+#: Operands that don't show that a workflow is meant; a lone literal shows nothing either.
+OTHERS = st.sampled_from(["x", "t.y", '"z"', "$1", "$2::pair", "f(x)", "5", "'5'::int8", "(x)", "now()", "array[x]", "x[1]",
+                          "(SELECT max(x) FROM t)", "x || y", "a + 1", "CASE WHEN x THEN y ELSE 'z' END", "NULL", "lower('x')"])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(OTHERS, min_size=2, max_size=6), st.lists(st.sampled_from(sorted({*DISTINCTIVE, "&", "|", "->"})), min_size=6, max_size=6),
+       st.none() | st.integers(0, 5), st.booleans(),
+       st.sampled_from(["SELECT {}", "SELECT df.id FROM documents df WHERE {} ORDER BY df.start", "SELECT df.status(x), {}",
+                        "DO $$ BEGIN x := {}; EXECUTE 'SELECT x ~> $1'; END $$", "SELECT df.sql('x'); INSERT INTO t VALUES (1, {})",
+                        "CREATE FUNCTION f(x pair) RETURNS text LANGUAGE sql AS $$ SELECT x ~> 1, {} $$"]))  # fmt: skip
+def test_others_operators_are_left_alone(operands: list[str], operators: list[str], literal_at: int | None, loop: bool, frame: str) -> None:
+    if literal_at is not None and literal_at < len(operands):
+        operands[literal_at] = "'abc'"
+    elif loop:
+        operands[-1] = "@> " + operands[-1]
+    text = operands[0] + "".join(f" {o} {x}" for o, x in zip(operators, operands[1:], strict=False))
+    assert compile_sql(frame.format(text)) is None
+
+
+def test_what_speaks_late_costs_no_more_passes() -> None:
+    source = "x := a ~> b"
+    for depth in range(23):
+        source = f"DO $a{depth}$ BEGIN a := b ~> c; EXECUTE $b{depth}$ {source}; SELECT a ~> b, df.sql('x') $b{depth}$; END $a{depth}$"
+    compiled = compile_sql(source)
+    assert compiled is not None
+    assert compiled.sql.count("df.seq(") == MAX_BODY_DEPTH  # two at each level that it looks into
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,42 @@ SELECT (pr) ~> (1), (SELECT pr) ~> 2, row(5, 'x')::pair ~> 1 FROM kinds ORDER BY
 
 SELECT 'a' ~> 1
 
+SELECT name |=> 'x', 'x' |=> name, name |=> name, name |=> 'a' |=> 'b', (name |=> 'y') |=> 'z' FROM parents ORDER BY id
+
+SELECT @> name, @> (name), @> name |=> 'x', upper(@> name), ~> id, ~> 5 FROM parents ORDER BY name |=> 'x'
+
+SELECT 'a' |=> 'b'
+
+SELECT name |=> name, 'SELECT 1' |=> name FROM parents ORDER BY id
+
+SELECT 'a' OPERATOR(public.|=>) 'b', OPERATOR(public.@>) 'c'
+
+PREPARE own AS SELECT $1::text |=> $2, name |=> $1 FROM parents WHERE @> name <> $2 ORDER BY id
+
+EXECUTE own('p', 'q')
+
+DEALLOCATE own
+
+SELECT CASE WHEN id > 1 THEN name END |=> 'x', coalesce(name, 'n') |=> 'y', id !> (age ?> id) FROM parents ORDER BY id
+
+SELECT nosuch |=> name FROM parents
+
+SELECT id |=> name FROM parents
+
+SELECT name |=>
+
+SELECT name |=> FROM parents
+
+SELECT !> 5
+
+CREATE FUNCTION play.own(p pair, n int) RETURNS text LANGUAGE sql AS $$ SELECT p ~> n |=> ('x' || n) $$
+
+SELECT play.own((3, 'three'), id) FROM parents ORDER BY id
+
+CREATE OR REPLACE FUNCTION play.own(p pair, n int) RETURNS text LANGUAGE plpgsql AS $$ DECLARE r text := p ~> n; BEGIN r := @> r; RETURN r |=> 'x'; END $$
+
+SELECT play.own((3, 'three'), id) FROM parents ORDER BY id
+
 SELECT 1 <@ 2
 
 SELECT 'a' <~> 'b'
