@@ -11,7 +11,7 @@ import ipaddress
 import ssl
 from collections.abc import Callable, Sequence
 from enum import IntFlag
-from typing import cast
+from typing import Final, cast
 
 import structlog
 
@@ -19,6 +19,11 @@ from proxy.upstream import tune
 from proxy.wire.tls import TlsStream
 
 log = structlog.get_logger("dfproxy.relay")
+
+#: Seconds of silence after which a connection whose end we have said is closed, and those that this may take at most
+#: while the other end goes on sending.
+_SILENCE: Final = 1.0
+_PATIENCE: Final = 10.0
 
 #: Bytes that may wait to be written to a leg before the other one is no longer read.
 DEFAULT_HIGH_WATER = 256 * 1024
@@ -60,6 +65,9 @@ class Leg(asyncio.Protocol):
         self._finished = False  # we have ended ours
         self.tls: TlsStream | None = None
         self._handshake: asyncio.Future[None] | None = None
+        self._parting: asyncio.TimerHandle | None = None  # the next look at a connection that is about to be closed
+        self._heard = False  # something, since the last look
+        self._part_by = 0.0  # on the loop's clock
 
     # --- what asyncio calls ---
 
@@ -74,6 +82,8 @@ class Leg(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.tls is None:
             self._on_data(data)
+        elif self._parting is not None:
+            self._swallow(data)
         else:
             self.tls.feed(data)
             self._decrypt(self.tls)
@@ -88,6 +98,9 @@ class Leg(asyncio.Protocol):
             self._transport.set_protocol(self)  # it keeps the method that it has found once
 
     def eof_received(self) -> bool:
+        if self._parting is not None:
+            self.close()
+            return True
         if self._handshake is not None and not self._handshake.done():
             self._handshake.set_exception(ConnectionResetError("the connection ended during the TLS handshake"))
         self._end()
@@ -99,6 +112,8 @@ class Leg(asyncio.Protocol):
             self.on_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._parting is not None:
+            self._parting.cancel()
         if self._handshake is not None and not self._handshake.done():
             self._handshake.set_exception(
                 exc or ConnectionResetError("the connection was closed during the TLS handshake"))
@@ -200,6 +215,8 @@ class Leg(asyncio.Protocol):
 
     def hold(self, reason: Hold) -> None:
         """Stops reading until `release` was called for each reason."""
+        if self._parting is not None:
+            return
         if not self._holds and self._open:
             cast(asyncio.Transport, self._transport).pause_reading()
         self._holds |= reason
@@ -260,6 +277,42 @@ class Leg(asyncio.Protocol):
                 self._end_tls(self.tls)
             self._transport.close()
 
+    def part(self) -> None:
+        """Closes after what was written has been delivered, but not into the other end's words.
+
+        Closing a connection while bytes arrive resets it, and the other end may lose what it was told last. So our
+        direction is ended first, and what still comes is swallowed until the other end closes or has been silent.
+        """
+        if self._parting is not None:
+            return
+        if not self._open or self.ended or (self._handshake is not None and not self._handshake.done()):
+            self.close()
+            return
+        self.on_data = self._swallow
+        self.on_eof = self.on_full = self.on_drained = _ignore
+        self.write_eof()
+        self._finished = True
+        transport = cast(asyncio.Transport, self._transport)
+        if self.tls is not None and transport.can_write_eof():
+            transport.write_eof()
+        if self._holds:
+            self._holds = Hold.NONE
+            transport.resume_reading()
+        loop = asyncio.get_running_loop()
+        self._part_by = loop.time() + _PATIENCE
+        self._parting = loop.call_later(_SILENCE, self._look)
+
+    def _swallow(self, data: bytes) -> None:
+        self._heard = True
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._heard and loop.time() < self._part_by:
+            self._heard = False
+            self._parting = loop.call_later(_SILENCE, self._look)
+        else:
+            self.close()
+
     def _end_tls(self, tls: TlsStream) -> None:
         """Tells the other end, in TLS's own words, that this was all; anybody could cut it short otherwise."""
         if not tls.established or not self._open or self._finished:
@@ -303,7 +356,7 @@ class Relay:
         # The client's end of stream only ends its direction: replies to what it sent are still on their way.
         client.on_eof, client.on_lost = server.write_eof, server.close
         # Without a server there is nothing more to say to either side.
-        server.on_eof, server.on_lost = self.close, client.close
+        server.on_eof, server.on_lost = self.close, client.part
         # What happened while they were not joined yet.
         if client.lost.done() or server.lost.done() or server.ended:
             self.close()
@@ -317,5 +370,5 @@ class Relay:
 
     def close(self) -> None:
         """Ends both legs after what was written to them has been delivered."""
-        self.client.close()
+        self.client.part()
         self.server.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import socket
 from collections.abc import Callable, Mapping
@@ -67,6 +68,8 @@ _MAX_CANCELS: Final = 100
 _QUIET: Final = 0.5
 #: Seconds between looks at the sessions while the proxy drains.
 _LOOK: Final = 0.05
+#: Seconds in which those that are cut may take in what they are told.
+_LAST_WORDS: Final = 1.5
 #: Seconds between two calls of `on_commit` for transactions that nobody knows to have mentioned df.
 _SELDOM: Final = 0.1
 #: What `proxy_protocol` says for clients of the Unix-domain socket.
@@ -162,7 +165,7 @@ class ProxyServer:
         """Stops accepting, and lets clients finish what they are doing; those that do nothing are dismissed.
 
         In the first half of `drain_timeout` a client is dismissed when it has been idle for a moment, in the second
-        half as soon as it is between transactions. At the end those that are left are cut. Returns when none is left.
+        half when it begins another transaction. At the end those that are left are cut. Returns when none is left.
         """
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -177,11 +180,16 @@ class ProxyServer:
                     now = loop.time()
                     self.impatient = now - began >= self.config.drain_timeout / 2
                     for session in tuple(self._sessions):
-                        if session.idle if self.impatient else session.quiet_since(now - _QUIET):
+                        quiet = _LOOK if self.impatient and session.idle else _QUIET
+                        if session.quiet_since(now - quiet):
                             session.dismiss()
                     await asyncio.sleep(_LOOK)
         except TimeoutError:
             log.warning("cutting clients that did not finish in time", clients=len(self._sessions))
+            for session in tuple(self._sessions):
+                session.dismiss()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._until_empty(), _LAST_WORDS)
             for session in tuple(self._sessions):
                 session.abort()
             await self._until_empty()

@@ -117,7 +117,7 @@ class Host(Protocol):
     #: Cancel keys of live sessions, and where their server is.
     keys: dict[Key, Address]
     draining: bool
-    #: While draining: sessions end as soon as they are between transactions.
+    #: While draining: no session begins another transaction.
     impatient: bool
     #: One for each cancel request that may be on its way.
     cancels: asyncio.Semaphore
@@ -251,8 +251,9 @@ class Session:
 
     async def _close(self) -> None:
         legs = [leg for leg in (self._client, self._server) if leg is not None]
-        for leg in legs:
-            leg.close()
+        self._client.part()
+        if self._server is not None:
+            self._server.close()
         _, pending = await asyncio.wait([leg.lost for leg in legs], timeout=_LINGER)
         if pending:
             self.abort()
@@ -295,13 +296,13 @@ class Session:
         return self._stirred <= time and (self.idle or not self._ready)
 
     def dismiss(self) -> None:
-        """Ends an idle session, or one that has not begun, and says why."""
-        if not self._ready or self.idle:
-            self._refuse("57P01", "terminating connection because dfproxy is shutting down", hint="Connect again.")
+        """Ends the session, and says why. One that is not idle loses its transaction."""
+        idle = self.idle or not self._ready
+        self._refuse("57P01", "terminating connection because dfproxy is shutting down", hint="Connect again.")
         if self._server is not None:
-            self._server.write([build.terminate()])
+            if idle:
+                self._server.write([build.terminate()])
             self._server.close()
-        self._client.close()
 
     def _turn_away(self, refusal: RefusalError) -> None:
         """Ends the session before it has begun, and says why."""
@@ -314,7 +315,7 @@ class Session:
         """Ends the client's connection with an error, where the client can still understand one."""
         if self._down.at_boundary:
             self._client.write([build.error_response("FATAL", sqlstate, text, hint=hint)])
-        self._client.close()
+        self._client.part()
 
     async def _serve(self) -> None:
         packet = await self._first_packet()
@@ -490,6 +491,11 @@ class Session:
             return
         self._quiet = False
         if self._host.draining:
+            if self._host.impatient and self.idle:
+                # The answer to a request that the server never gets. A client that hears of its end in between may
+                # take it for a notice, as libpq does, and be at a loss for a reason later.
+                self.dismiss()
+                return
             self.stir()
         if self._unread:
             self._unread.append(self._up.feed(data))
@@ -668,7 +674,7 @@ class Session:
                 self._between(data[-1])
                 self._quiet = not self._host.draining
             if self._host.draining:
-                self._drain()
+                self.stir()
             return
         out: list[bytes | memoryview] = []
         try:
@@ -689,12 +695,7 @@ class Session:
         if out:
             self._client.write(out)
         if self._host.draining:
-            self._drain()
-
-    def _drain(self) -> None:
-        self.stir()
-        if self._host.impatient and self.idle:
-            self.dismiss()
+            self.stir()
 
     def _told(self, type_: int) -> None:
         if not self._ready:
