@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import proxy
-from bench import bulk, connections, growth, passthrough, start, statements, steps
+from bench import bulk, connections, growth, http, passthrough, start, statements, steps
 from bench.stage import Stage, stage
 from bench.table import HEADER, Row, line, save
 
 GROUPS: dict[str, Callable[[Stage], Iterator[Row]]] = {
     "passthrough": passthrough.run, "statements": statements.run, "bulk": bulk.run, "connections": connections.run,
-    "steps": steps.run, "start": start.run, "growth": growth.run,
+    "steps": steps.run, "start": start.run, "growth": growth.run, "http": http.run,
 }
 RESULTS = Path(__file__).parent / "results" / "latest.json"
 
