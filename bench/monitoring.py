@@ -48,7 +48,9 @@ QUERIES = {
     "list_instances('running')": "SELECT * FROM df.list_instances('running')",
     "list_instances('pending')": "SELECT * FROM df.list_instances('pending')",
     "list_instances('failed', 100)": "SELECT * FROM df.list_instances('failed', 100)",
+    "list_instances('completed')": "SELECT * FROM df.list_instances('completed')",
     "list_instances by label": "SELECT * FROM df.list_instances(NULL, 100, 'label-61')",
+    "list_instances, label and status": "SELECT * FROM df.list_instances('completed', 100, 'label-61')",
     "list_instances, deep page": "SELECT * FROM df.list_instances(NULL, 100, NULL,"
                                  " duroxide.cursor_of(now() - interval '5 days', '00000000'))",
     "list_instances, no such label": "SELECT * FROM df.list_instances(NULL, 100, 'nobody')",
@@ -124,7 +126,7 @@ def report(cluster: Cluster, count: int) -> None:
         admin.execute("VACUUM ANALYZE")
         size = admin.execute("SELECT pg_size_pretty(pg_database_size('bench'))").fetchone()
     print(f"{count:,} instances, {size[0] if size else ''}")
-    print(f"{'':32}{'role ms':>10}{'none ms':>10}{'service ms':>12}  scans, as the role")
+    print(f"{'':34}{'role ms':>10}{'none ms':>10}{'service ms':>12}  scans, as the role")
     mine = f"{count // 2 // 20 * 20 + 1:08x}"
     with psycopg.connect(cluster.dsn(user="role1", database="bench"), autocommit=True) as role, \
             psycopg.connect(cluster.dsn(user="role20", database="bench"), autocommit=True) as none, \
@@ -133,7 +135,7 @@ def report(cluster: Cluster, count: int) -> None:
             query = template.replace("{id}", mine)
             scans = plans(role, query)
             marked = "  SEQUENTIAL" if any("Seq Scan" in s for s in scans) else ""
-            print(f"{name:32}{measure(role, query):>10.1f}{measure(none, query):>10.1f}{measure(service, query):>12.1f}"
+            print(f"{name:34}{measure(role, query):>10.1f}{measure(none, query):>10.1f}{measure(service, query):>12.1f}"
                   f"  {', '.join(scans)}{marked}", flush=True)
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from urllib.parse import quote
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from tests.e2e.fix_dfproxy import Through
 
@@ -182,3 +184,30 @@ def test_a_round_that_does_nothing_takes_a_second(through18: Through) -> None:
         assert rounds is not None
         assert 1 <= rounds[0] <= 5
         c.execute("SELECT df.cancel(%s)", instance)
+
+
+def test_role_names_that_need_quotes(through: Through) -> None:
+    """16. Capitals, spaces, quotes: in row security, in SQL steps, and in the rights of HTTP steps."""
+    name = f"Ann \"O'B\" \\é {through.database.name}"
+    with psycopg.connect(through.database.superuser_dsn, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
+        admin.execute("SELECT df.grant_usage(%s, include_http => true)", (name,))
+        with psycopg.connect(through.proxy.dsn(quote(name), through.database.name), autocommit=True) as c:
+
+            def end(workflow: str) -> tuple[Any, ...]:
+                row = c.execute(f"SELECT df.start({workflow})".encode()).fetchone()
+                c.execute("SELECT df.await_instance(%s, 60)", row)
+                found = c.execute("SELECT status, output, submitted_by = quote_ident(current_user)::regrole FROM df.instances WHERE id = %s", row).fetchone()
+                assert found is not None
+                return found
+
+            status, output, own = end("'SELECT current_user AS c, session_user = current_user AS s' |=> 'me' ~> 'SELECT $me.c AS c, $me.s AS s'")
+            assert (status, json.loads(output)["rows"][0]["c"], own) == ("completed", name, True)
+            # Past the gate of rights, and stopped at the next one.
+            assert "restricted range" in end("df.http('http://127.0.0.1:9/')")[1]
+            admin.execute(sql.SQL("REVOKE EXECUTE ON FUNCTION df.http(text, text, text, jsonb, integer) FROM {}").format(sql.Identifier(name)))
+            assert f"Blocked: role '{name}' does not have EXECUTE privilege on df.http()." in end(
+                """'{"node_type":"HTTP","query":"{\\"url\\":\\"http://127.0.0.1:9/\\",\\"method\\":\\"GET\\",\\"timeout_seconds\\":5}"}'""")[1]
+            assert c.execute("SELECT count(*) FROM df.list_instances()").fetchone() == (3,)
+        with through.connect() as owner:
+            assert owner.execute("SELECT count(*) FROM df.list_instances()").fetchone() == (3,)
