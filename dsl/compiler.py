@@ -369,7 +369,8 @@ class _Fragment:
             if symbol in DISTINCTIVE:
                 role = None if chain.nontext(index) else symbol
             elif symbol in ("&", "|"):
-                futures = expected == _FUTURE or chain.distinctive or left or operands[index + 1].yields_future
+                futures = expected == _FUTURE or chain.distinctive or left or operands[index + 1].yields_future \
+                    or chain.untyped(index)
                 if expected == _TEXT and not futures:  # 'n = ' || (a & b) may well be about numbers
                     futures = LITERAL in (operands[index].shape, operands[index + 1].shape)
                 role = symbol if futures and not chain.nontext(index) else None

@@ -115,6 +115,11 @@ class Chain:
         """Whether operator `index` has an operand that can't be text, so that it can't be ours."""
         return self.operands[index + 1].shape == NONTEXT or (index == 0 and self.operands[0].shape == NONTEXT)
 
+    def untyped(self, index: int) -> bool:
+        """Whether operator `index` is `&` or `|` between two literals: PostgreSQL has none without types."""
+        return index == 0 and self.ops[0][2] in ("&", "|") \
+            and all(o.shape == LITERAL and not o.prefixes for o in self.operands[:2])
+
     def judge(self) -> None:
         """What the operands say about a bare expression, whose operators group to the left."""
         left = self.operands[0].evidence
@@ -147,7 +152,8 @@ class Chain:
             if symbol in DISTINCTIVE:
                 left = not self.nontext(index)
             elif symbol in ("&", "|"):
-                left = (self.distinctive or left or self.operands[index + 1].yields_future) and not self.nontext(index)
+                left = (self.distinctive or left or self.operands[index + 1].yields_future or self.untyped(index)) \
+                    and not self.nontext(index)
             elif symbol != "||":
                 left = False
         self.yields_future = left
@@ -790,7 +796,8 @@ class Scanner:
         chain.settle()
         if chain.bare and (chain.claimed or any(o.loops and o.evidence for o in chain.operands)):
             self.speak()
-        elif chain.bare and (any(o[2] in DISTINCTIVE for o in chain.ops) or any(o.loops for o in chain.operands)):
+        elif chain.bare and (any(o[2] in DISTINCTIVE for o in chain.ops) or any(o.loops for o in chain.operands)
+                             or (chain.ops and chain.untyped(0))):
             self.skip()
         return chain
 
