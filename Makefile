@@ -20,7 +20,7 @@ demo: venv
 	$(BIN)/dfproxy demo
 
 test: venv
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 lint: venv
 	$(BIN)/ruff check .

@@ -300,17 +300,18 @@ def test_init_grants_and_uninstall_removes(tmp_path: Path, database: Database) -
                          (role,)).fetchone() == (0,)
 
 
-def test_doctor_from_an_empty_database_to_a_served_one(tmp_path: Path, database: Database) -> None:
-    sick = call(tmp_path, "doctor", DFPROXY_UPSTREAM=database.dsn())
+def test_doctor_from_an_empty_database_to_a_served_one(tmp_path: Path, database18: Database) -> None:
+    uri = database18.dsn()
+    sick = call(tmp_path, "doctor", DFPROXY_UPSTREAM=uri)
     assert sick.returncode == 1
     assert "not installed" in sick.stdout
     assert "dfproxy init" in sick.stdout
-    assert call(tmp_path, "init", DFPROXY_UPSTREAM=database.dsn()).returncode == 0
-    idle = call(tmp_path, "doctor", DFPROXY_UPSTREAM=database.dsn())
+    assert call(tmp_path, "init", DFPROXY_UPSTREAM=uri).returncode == 0
+    idle = call(tmp_path, "doctor", DFPROXY_UPSTREAM=uri)
     assert (idle.returncode, "none alive" in idle.stdout) == (1, True)
-    with running(tmp_path, "worker", ready="worker ready", DFPROXY_UPSTREAM=database.dsn()):
-        wait_until(lambda: call(tmp_path, "doctor", DFPROXY_UPSTREAM=database.dsn()).returncode == 0,
-                   call(tmp_path, "doctor", DFPROXY_UPSTREAM=database.dsn()).stdout)
+    with running(tmp_path, "worker", ready="worker ready", DFPROXY_UPSTREAM=uri):
+        wait_until(lambda: call(tmp_path, "doctor", DFPROXY_UPSTREAM=uri).returncode == 0,
+                   "doctor still finds something with a worker there")
 
 
 def test_doctor_finds_and_init_mends_executor_logins(tmp_path: Path, database: Database) -> None:
