@@ -19,12 +19,14 @@ import structlog
 import proxy
 from dsl import steptext
 from proxy import dsn, wiring
+from proxy.authentication import AuthMode
 from proxy.faults import cannot_listen
 from proxy.launch import Launcher
 from proxy.limits import allow_connections
 from proxy.local import LocalServer, default_folder
-from proxy.server import ProxyServer
+from proxy.server import ProxyConfig, ProxyServer
 from proxy.settings import Settings
+from proxy.upstream import Upstream
 
 log = structlog.get_logger("dfproxy")
 
@@ -129,7 +131,7 @@ async def serve_here(ready: Ready, stop: asyncio.Event, *, announce: Callable[[i
 
     launchers = {name: Launcher(wiring.engine_settings(settings, name), settings.max_new_transaction_starts, on_commit)
                  for name in ready.databases}
-    server = ProxyServer(wiring.proxy_config(settings, reuse_port=reuse_port), on_commit=on_commit, launchers=launchers)
+    server = ProxyServer(_proxy_config(settings, reuse_port=reuse_port), on_commit=on_commit, launchers=launchers)
     async with _listening(server, settings), asyncio.TaskGroup() as group:
         for worker in workers:
             group.create_task(worker.run())
@@ -142,6 +144,18 @@ async def serve_here(ready: Ready, stop: asyncio.Event, *, announce: Callable[[i
         await _all([server.drain(), *(worker.stop(settings.drain_timeout) for worker in workers)])
         for task in launching:
             task.cancel()
+
+
+def _proxy_config(settings: Settings, *, reuse_port: bool = False) -> ProxyConfig:
+    """What the relay is told."""
+    host, port = settings.address
+    return ProxyConfig(
+        host=host, port=port, upstream=Upstream.parse(settings.dsn), reuse_port=reuse_port or settings.reuse_port,
+        socket_dir=settings.socket_dir, proxy_protocol=settings.proxy_protocol,
+        startup_timeout=settings.startup_timeout, drain_timeout=settings.drain_timeout,
+        max_client_connections=settings.max_client_connections,
+        tls=wiring.tls_files(settings), tls_required=settings.tls_required, auth=AuthMode(settings.auth),
+    )
 
 
 @contextlib.asynccontextmanager

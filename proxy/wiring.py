@@ -15,8 +15,6 @@ from engine.http.secrets import ensure_key
 from engine.http.transport import trust
 from engine.settings import EngineSettings
 from proxy import dsn, faults
-from proxy.authentication import AuthMode
-from proxy.server import ProxyConfig
 from proxy.settings import Settings, SettingsError
 from proxy.tls import ServerTls, ServerTlsFiles, UpstreamTls
 from proxy.upstream import Upstream
@@ -40,18 +38,6 @@ def hide(value: str) -> SecretStr:
 def with_upstream(settings: Settings, upstream: str) -> Settings:
     """The same settings for another server."""
     return settings.model_copy(update={"upstream": hide(upstream)})
-
-
-def proxy_config(settings: Settings, *, reuse_port: bool = False) -> ProxyConfig:
-    """What the relay is told."""
-    host, port = settings.address
-    return ProxyConfig(
-        host=host, port=port, upstream=Upstream.parse(settings.dsn), reuse_port=reuse_port or settings.reuse_port,
-        socket_dir=settings.socket_dir, proxy_protocol=settings.proxy_protocol,
-        startup_timeout=settings.startup_timeout, drain_timeout=settings.drain_timeout,
-        max_client_connections=settings.max_client_connections,
-        tls=tls_files(settings), tls_required=settings.tls_required, auth=AuthMode(settings.auth),
-    )
 
 
 def check_tls(settings: Settings) -> None:

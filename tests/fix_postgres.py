@@ -174,3 +174,10 @@ def database18(cluster18: Cluster) -> Iterator[Database]:
     """A fresh database on the newest version."""
     with fresh_database(cluster18, versions()[0]) as d:
         yield d
+
+
+@pytest.fixture(params=sorted({versions()[0], versions()[-1]}), ids=lambda v: f"pg{v}")
+def database_ends(request: pytest.FixtureRequest, _all_clusters: dict[int, Cluster]) -> Iterator[Database]:
+    """A fresh database on the newest and on the oldest version: memberships of roles changed once, with 16."""
+    with fresh_database(_all_clusters[request.param], request.param) as d:
+        yield d

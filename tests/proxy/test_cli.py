@@ -276,7 +276,8 @@ def test_processes_end_with_their_parent(tmp_path: Path, database18: Database) -
 # -- init, uninstall, doctor -------------------------------------------------------------------------------
 
 
-def test_init_grants_and_uninstall_removes(tmp_path: Path, database: Database) -> None:
+def test_init_grants_and_uninstall_removes(tmp_path: Path, database_ends: Database) -> None:
+    database = database_ends
     role = "app_" + database.name
     with psycopg.connect(database.superuser_dsn, autocommit=True) as c:
         c.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(role)))
@@ -314,7 +315,8 @@ def test_doctor_from_an_empty_database_to_a_served_one(tmp_path: Path, database1
                    "doctor still finds something with a worker there")
 
 
-def test_doctor_finds_and_init_mends_executor_logins(tmp_path: Path, database: Database) -> None:
+def test_doctor_finds_and_init_mends_executor_logins(tmp_path: Path, database_ends: Database) -> None:
+    database = database_ends
     role = "app_" + database.name
     uri = database.dsn()
     with psycopg.connect(database.superuser_dsn, autocommit=True) as c, \
