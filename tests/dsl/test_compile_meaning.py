@@ -227,7 +227,7 @@ def outcome(connection: psycopg.Connection[tuple[str]], statement: str, path: st
     return row[0]
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(expression=expressions(), tail=st.sampled_from(["", " = 'x'", " IS NULL", " LIKE 'a' || '%'", " < 'b'"]),
        call=st.sampled_from(CALLS), body=st.sampled_from([None, None, *BODIES]))
 def test_means_the_same(server18: psycopg.Connection[tuple[str]], expression: str, tail: str, call: str, body: str | None) -> None:
