@@ -171,7 +171,9 @@ class Settings(BaseModel):
     http_deny: Hosts = Field((), description="hosts that may not, whatever http_allow says")
     http_allow_plain: bool = Field(True, description="http:// beside https://")
     http_max_request_bytes: int = Field(10 * 2**20, ge=1024, description="largest body sent")
-    http_max_response_bytes: int = Field(10 * 2**20, ge=1024, description="largest body received, also unpacked")
+    # Above that the JSON of a body of control characters would no longer fit into one value of PostgreSQL's.
+    http_max_response_bytes: int = Field(10 * 2**20, ge=1024, le=40 * 2**20,
+                                         description="largest body received, also unpacked")
     http_max_timeout: float = Field(300.0, gt=0, le=86400, description="longest timeout of a call")
     http_max_parallel: int = Field(100, ge=1, le=10_000, description="calls at a time, per worker")
     http_max_parallel_per_host: int = Field(20, ge=1, le=10_000, description="of those, to one host and port")

@@ -156,26 +156,49 @@ hosts = st.one_of(
 urls = st.builds(lambda s, u, h, p, r: f"{s}://{u}{h}{p}{r}", st.sampled_from(["http", "https", "hTTp"]),
                  st.sampled_from(["", "", "", "u@", "u:p@", "8.8.8.8@"]), hosts, st.sampled_from(["", ":80", ":1", ":", ":0x50"]),
                  st.text("/?#@:\\abc%. ", max_size=8))
-answers = st.dictionaries(st.sampled_from(["inside.example", "outside.example", "mixed.example", "a.b.c", "xn--4ca0b.example"]),
-                          st.lists(addresses, max_size=4))
+#: And some that lead somewhere, so that policies have something to decide.
+urls |= st.sampled_from(["inside.example", "outside.example", "other.test", "8.8.8.8", "[2606:4700::1111]", "10.0.0.1", "[fd00::1]"]).map(
+    lambda host: f"http://{host}/")
+public = st.sampled_from(["8.8.8.8", "9.1.2.3", "93.184.216.34", "2606:4700::1111", "10.0.0.1"]).map(ipaddress.ip_address)
+answers = st.fixed_dictionaries({name: st.lists(public | addresses, max_size=3) for name in (
+    "inside.example", "outside.example", "mixed.example", "other.test", "a.b.c", "xn--4ca0b.example")})
 
 
-@given(urls, answers)
-@hypothesis_settings(max_examples=500, deadline=None)
-@example("http://8.8.8.8\\@127.0.0.1/", {})
-@example("http://127.0.0.1#@8.8.8.8/", {})
-@example("http://8.8.8.8?@127.0.0.1/", {})
-@example("http://mixed.example/", {"mixed.example": [ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("8.8.8.8")]})
-def test_whatever_is_connected_to_is_allowed(url: str, answers: dict[str, list[Address]]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        tried, error = asyncio.run(connects_to(url, ANY, answers, patch))
-    assert all(map(harmless, tried))
-    assert isinstance(error, HttpError)
-    if tried:
-        # And it is what the parsed URL says.
-        host = parse(url).host
-        expected = answers.get(host, []) if isinstance(host, str) else [host]
-        assert set(tried) <= {network.unmapped(a) for a in expected}
+entries = st.lists(st.sampled_from(["*", "inside.example", "*.example", "10.0.0.0/8", "127.0.0.1", "::1", "fd00::/8", "8.0.0.0/7"]),
+                   max_size=3)
+
+
+def listed(entries: list[str], host: str | Address, address: Address) -> tuple[bool, bool]:
+    """Whether a list covers a host by a name, and an address by a network."""
+    nets = [ipaddress.ip_network(e) for e in entries if e != "*" and "example" not in e]
+    named = "*" in entries or (isinstance(host, str) and any(host == e or (e[0] == "*" and host.endswith(e[1:])) for e in entries))
+    return named, any(address.version == n.version and address in n for n in nets)
+
+
+def test_whatever_is_connected_to_is_allowed() -> None:
+    with asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
+        @given(urls, answers, st.just([]) | entries, st.just([]) | entries)
+        @hypothesis_settings(max_examples=700, deadline=None)
+        @example("http://8.8.8.8\\@127.0.0.1/", {}, [], [])
+        @example("http://127.0.0.1#@8.8.8.8/", {}, [], [])
+        @example("http://8.8.8.8?@127.0.0.1/", {}, [], [])
+        @example("http://mixed.example/", {"mixed.example": [ipaddress.ip_address("127.0.0.1"), ipaddress.ip_address("8.8.8.8")]}, [], [])
+        @example("http://mixed.example/", {"mixed.example": [ipaddress.ip_address("10.0.0.1")]}, ["*"], [])
+        @example("http://inside.example/", {"inside.example": [ipaddress.ip_address("10.0.0.1")]}, ["10.0.0.0/8"], ["*.example"])
+        def check(url: str, answers: dict[str, list[Address]], allow: list[str], deny: list[str]) -> None:
+            policy = HttpPolicy(allow=HostList.parse(allow), deny=HostList.parse(deny))
+            tried, error = runner.run(connects_to(url, policy, answers, patch))
+            assert isinstance(error, HttpError)
+            for address in tried:
+                # It is what the parsed URL says, public or listed as a network, and not denied in either way.
+                host = parse(url).host
+                expected = answers.get(host, []) if isinstance(host, str) else [host]
+                assert address in {network.unmapped(a) for a in expected}
+                named, in_network = listed(allow, host, address)
+                assert in_network or (harmless(address) and (named or not allow))
+                assert listed(deny, host, address) == (False, False)
+
+        check()
 
 
 async def test_a_name_that_changes_its_mind() -> None:
