@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import Final
 
 from dsl.dialect import BOUNDARIES, IDENT, NUMBER, OTHER, STRING, Tokens, lex, names
-from dsl.references import Reference, SubstitutionError
+from dsl.references import REFERENCE, Reference, SubstitutionError
 from dsl.sqltext import Place, Spot, replace_references
 
 log = logging.getLogger("dfproxy.dsl")
@@ -46,6 +46,9 @@ def fault(text: str) -> str | None:
     """What makes it doubtful that the text is a SQL statement, as a clause; None if nothing does."""
     if len(text) > _LONGEST or _BRACES.search(text):
         return None  # a variable may hold any piece of SQL
+    whole = REFERENCE.fullmatch(text.strip())
+    if whole and not whole["set"]:
+        return None  # means SELECT of it
     tokens = lex(text)
     if tokens is None:
         return "a quote or a comment in it is not closed"

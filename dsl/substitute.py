@@ -26,7 +26,7 @@ from dsl.references import (
 from dsl.sqltext import Place, Spot, replace_references
 from dsl.values import Json, Number, Result, compact, json_string, parse_json
 
-__all__ = ["Raw", "SubstitutionError", "break_result", "references", "substitute_base64", "substitute_raw",
+__all__ = ["Raw", "SubstitutionError", "break_result", "references", "step_sql", "substitute_base64", "substitute_raw",
            "substitute_sql"]
 
 _BRACES = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -60,6 +60,16 @@ def substitute_sql(text: str, *, variables: Mapping[str, str], instance_id: str,
             raise _unfit(reference, error) from None
 
     return replace_references(text, results.__contains__, value)
+
+
+def step_sql(text: str, *, variables: Mapping[str, str], instance_id: str, label: str | None,
+             results: Mapping[str, Result]) -> str:
+    """substitute_sql of a step's whole text. One that is nothing but a reference to a value is the SELECT of it, as in
+    df.if('$batch.done', ...), which the original's guide has, and which can be nothing else."""
+    whole = REFERENCE.fullmatch(text.strip())
+    if whole and not whole["set"] and whole["name"] in results:
+        text = f"SELECT {text}"
+    return substitute_sql(text, variables=variables, instance_id=instance_id, label=label, results=results)
 
 
 def substitute_raw(text: str, *, variables: Mapping[str, str], instance_id: str, label: str | None,

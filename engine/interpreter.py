@@ -23,7 +23,7 @@ from typing import Any
 
 from dsl.cron import next_fire
 from dsl.graph import Graph, GraphError, Node, NodeType
-from dsl.substitute import SubstitutionError, break_result, substitute_sql
+from dsl.substitute import SubstitutionError, break_result, step_sql
 from dsl.truth import is_true
 from dsl.values import Result
 from engine.http.variables import PlainVariables
@@ -425,8 +425,8 @@ class StepFrame(LeafFrame):
             request = meta["request"]
             step = Step(self.key, self.node, NodeType(request["type"]), request["query"], meta=meta)
         elif self.node.type is NodeType.SQL:
-            text = substitute_sql(text, variables=PlainVariables(run.variables), instance_id=run.instance_id,
-                                  label=run.label, results=self.scope.visible())
+            text = step_sql(text, variables=PlainVariables(run.variables), instance_id=run.instance_id,
+                            label=run.label, results=self.scope.visible())
             step = Step(self.key, self.node, self.node.type, text)
         else:
             # Filled in by the runner, which can open secret variables.

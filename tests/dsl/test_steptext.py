@@ -31,7 +31,7 @@ RIGHT = [
     "", "  ", "VACUUM (ANALYZE) t", "NOTIFY c, 'x'", "DO $$ BEGIN END $$", "CALL p(1)", "(SELECT 1)", "TABLE t", "VALUES (1)",
     "SELECT", "SELECT FROM t", "SELECT * FROM $batch.*", "UPDATE t SET a = $n.x WHERE id = ANY($batch) AND b IN ($c.d)",
     "SELECT 'Hello $user.name', E'\\'$x', $$ $y $$", "SELECT $a?, $b.c?, $b.\"any column\"", "-- note\nSELECT 1 /* ( */",
-    "SELECT {columns} FORM {table}", "SELEKT {x}", "WITH a AS (SELECT 1) UPDATE t SET x = 1 FROM a RETURNING *;",
+    "$batch.done", " $n? ", "SELECT {columns} FORM {table}", "SELEKT {x}", "WITH a AS (SELECT 1) UPDATE t SET x = 1 FROM a RETURNING *;",
     "INSERT INTO t VALUES (1) ON CONFLICT (a) DO UPDATE SET b = EXCLUDED.b WHERE t.b IS DISTINCT FROM EXCLUDED.b",
     "INSERT INTO t (a) SELECT x FROM u CROSS JOIN f(1) p ON CONFLICT (a) DO NOTHING",
     "INSERT INTO t SELECT * FROM u NATURAL JOIN v ON CONFLICT (a) DO UPDATE SET b = 1",

@@ -16,6 +16,7 @@ from dsl.substitute import (
     SubstitutionError,
     break_result,
     references,
+    step_sql,
     substitute_base64,
     substitute_raw,
     substitute_sql,
@@ -300,6 +301,13 @@ def test_base64_parts() -> None:
     ("SELECT $a, $b.c, $d?, $e.*, '$f', \"$g\" -- $h\n/* $i */ $j$ $k $j$ $$l $1 $a", "a b d e f k"), ("SELECT 1", ""), ("$tag$ unclosed", "tag")])
 def test_references(text: str, names: str) -> None:
     assert references(text) == frozenset(names.split())
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("$n.id", "SELECT 5"), (" $n.name? \n", "SELECT  'O''Neil' \n"), ("$n", "SELECT 5"), ("$n.*", None), ("$nobody", "$nobody"), ("$n.id + 1", "5 + 1"), ("SELECT $n", "SELECT 5")])
+def test_a_step_that_is_nothing_but_a_reference(text: str, expected: str | None) -> None:
+    filled = step_sql(text, variables={}, instance_id="", label=None, results=RESULTS)
+    assert filled == expected if expected is not None else not filled.startswith("SELECT")
 
 
 def test_nothing_to_substitute() -> None:

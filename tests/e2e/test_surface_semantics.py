@@ -64,6 +64,8 @@ YIELDS: dict[str, Any] = {
            ("''{}''::json", "no"), ("''[0]''::json", "yes"), ("''{}''::int[]", "no"), ("false, true", "no"), ("count(*) > 0 FROM counters", "yes")])},
     "('SELECT 1 AS a' |=> 'r') ~> df.if('SELECT $r = 1', 'SELECT $r + 1 AS a', 'SELECT 0 AS a') |=> 'i' ~> 'SELECT $i + 1 AS a'": [[3]],
     "'SELECT 1 AS a' ~> 'SELECT false' ?> 'SELECT 1 AS a' !> ('SELECT 2 AS a' ~> 'SELECT 3 AS a')": [[3]],
+    "'SELECT true AS done, 1 AS a' |=> 'b' ~> ('$b.done' ?> ' $b.a ' !> 'SELECT 2 AS a')": [[1]],
+    "'SELECT 1 AS a WHERE false' |=> 'b' ~> df.if('$b.a?', 'SELECT 1 AS a', 'SELECT 2 AS a')": [[2]],
     "df.if('SELECT 1' & 'SELECT 2', 'SELECT ''a join is true'' AS a', 'SELECT 0')": [["a join is true"]],
     "df.if(df.wait_for_signal('never', 1), 'SELECT ''came'' AS a', 'SELECT ''timed out'' AS a')": [["timed out"]],
     "df.if('SELECT 1/0', 'SELECT 1', 'SELECT 2')": BOOM,
