@@ -21,6 +21,8 @@ import pytest
 from psycopg import sql as psql
 from structlog.testing import capture_logs
 
+import engine.worker
+from engine.http.client import HttpClient
 from engine.http.policy import HostList, HttpPolicy
 from engine.http.secrets import ensure_key
 from engine.settings import EngineSettings
@@ -211,10 +213,10 @@ def as_role(database: Database, name: str, *, http: bool) -> Iterator[Client]:
 
 
 @pytest.mark.parametrize("name", ["plain_caller", 'Mixed "Case" Caller'])
-async def test_the_right_to_call_is_looked_up_when_the_step_runs(database: Database, name: str) -> None:
-    name = f"{name} {database.name}"
-    async with scene(database) as (server, owner, worker):
-        with as_role(database, name, http=True) as c:
+async def test_the_right_to_call_is_looked_up_when_the_step_runs(database18: Database, name: str) -> None:
+    name = f"{name} {database18.name}"
+    async with scene(database18) as (server, owner, worker):
+        with as_role(database18, name, http=True) as c:
             assert (await result(c, worker, "df.http(%s, 'GET')", server.url("/echo")))["ok"] is True
             hand_made = "json_build_object('node_type', 'HTTP', 'query', %s::text)::text"
             config = json.dumps({"url": server.url("/echo"), "method": "GET"})
@@ -245,7 +247,15 @@ async def test_the_right_to_call_is_looked_up_when_the_step_runs(database: Datab
             assert (await result(c, worker, hand_made, config))["ok"] is True
 
 
-async def test_the_right_is_looked_up_again_after_a_wait_for_a_place(database18: Database) -> None:
+async def test_the_right_is_looked_up_again_after_a_wait_for_a_place(database18: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    clients: list[HttpClient] = []
+
+    class Watched(HttpClient):
+        def __init__(self, *args: Any, **named: Any) -> None:
+            super().__init__(*args, **named)
+            clients.append(self)
+
+    monkeypatch.setattr(engine.worker, "HttpClient", Watched)
     policy = replace(POLICY, max_parallel_per_host=1)
     async with scene(database18, http=policy) as (server, owner, worker):
         with as_role(database18, f"waiter {database18.name}", http=True) as c, capture_logs() as logs:
@@ -254,7 +264,7 @@ async def test_the_right_is_looked_up_again_after_a_wait_for_a_place(database18:
             await until(lambda: server.requests)
             second = submit(c, "df.http(%s, 'GET')", server.url("/gate?second"))
             worker.wake()
-            await until(lambda: c.one("SELECT status FROM df.instances WHERE id = %s", second) == "running")
+            await until(lambda: [queue.users for queue in clients[0]._hosts.values()] == [2])
             owner.execute(f'REVOKE EXECUTE ON FUNCTION df.http(text,text,text,jsonb,integer) FROM "waiter {database18.name}"')
             server.open.set()
             assert (await ended(owner, first))[0][0] == "completed"
@@ -310,8 +320,8 @@ async def test_a_worker_killed_in_mid_call_is_followed_by_one_that_calls_again_w
             assert [(r[1], r[2]) for r in c.history(instance)] == [(1, "completed"), (2, "completed")]
 
 
-async def test_select_of_a_builder_is_that_step(database: Database) -> None:
-    async with scene(database) as (server, c, worker):
+async def test_select_of_a_builder_is_that_step(database18: Database) -> None:
+    async with scene(database18) as (server, c, worker):
         c.execute("CREATE TABLE orders (id int, note text); INSERT INTO orders VALUES (1, 'it''s \"one\"'), (2, 'two')")
         body = "(SELECT json_agg(o ORDER BY id)::text FROM orders o)"
         found = await result(c, worker, "df.seq(df.\"as\"('SELECT 2 AS n', 'q'), df.\"as\"(%s, 'r')) ",
