@@ -24,6 +24,8 @@ from engine.http.transport import GuardedTransport
 #: Work on more than this many bytes or characters is done in a thread.
 THREAD_SIZE = 256 * 1024
 _LONGEST_REASON = 300
+#: Pieces of a body taken in one go.
+_PARTS = 50
 
 
 class HttpClient:
@@ -130,10 +132,15 @@ class HttpClient:
         encodings = response.headers.get("content-encoding", "").lower().split(",")
         decoder = BodyDecoder([e.strip() for e in encodings if e.strip()], limit)
         stream = cast("AsyncGenerator[bytes]", aiter(cast("httpx.AsyncByteStream", response.stream)))
+        count = 0
         async with aclosing(stream) as parts:
             async for part in parts:
+                # A small part may hold a lot, and many parts may come at once: others have their turn.
+                count += 1
+                if count % _PARTS == 0:
+                    await asyncio.sleep(0)
                 for _ in decoder.feed(part):
-                    await asyncio.sleep(0)  # a small part may hold a lot: others have their turn
+                    await asyncio.sleep(0)
         for _ in decoder.end():
             await asyncio.sleep(0)
         return decoder.content

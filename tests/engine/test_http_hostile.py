@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from engine.http import client as client_module
 from engine.http import decoding
 from engine.http.client import HttpClient
 from engine.http.decoding import BodyDecoder, CorruptError, TooLargeError
@@ -141,6 +142,20 @@ def test_an_answer_counts_though_the_connection_ends_with_it(tmp_path: Path) -> 
         found = talk.about(head)
         assert isinstance(found, HttpError)
         assert found.sqlstate == "HTREQ"
+
+
+async def test_a_body_in_crumbs_lets_others_have_their_turn() -> None:
+    async with http_server() as server:
+        server.raw = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 9000 + b"0\r\n\r\n"
+        client = HttpClient(HttpPolicy(allow=LOOPBACK))
+        task = asyncio.create_task(call(client, server.url("/raw")))
+        turns = 0
+        while not task.done():
+            await asyncio.sleep(0)
+            turns += 1
+        assert task.result()["body"] == "x" * 9000
+        assert turns > 9000 // client_module._PARTS
+        await client.aclose()
 
 
 # -- decoding -----------------------------------------------------------------------------------------------------------
