@@ -1,7 +1,8 @@
 """What every benchmark stands on: a server of its own, and the programs in between, each a process of its own.
 
-The server has its default settings (fsync and synchronous_commit among them) and listens on TCP: clients, proxies and
-yardsticks reach it in the same way. Everything is below one temporary folder and gone afterwards.
+The server has its default settings (fsync and synchronous_commit among them), but for room for connections and WAL, and
+listens on TCP: clients, proxies and yardsticks reach it in the same way. Everything is below one temporary folder and
+gone afterwards.
 """
 
 from __future__ import annotations
@@ -238,7 +239,7 @@ def stage(version: int = 18) -> Iterator[Stage]:
         folder.chmod(0o755)
         cluster = Cluster(folder / "data", bin_dir(version), port=free_port(),
                           hba=("local all all trust", "host all all 127.0.0.1/32 scram-sha-256"),
-                          settings={"max_connections": "300"})
+                          settings={"max_connections": "300", "max_wal_size": "4GB"})
         cluster.start()
         try:
             made = Stage(folder, cluster)

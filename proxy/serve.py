@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import structlog
 
 import proxy
-from dsl import steptext
 from proxy import dsn, wiring
 from proxy.authentication import AuthMode
 from proxy.faults import cannot_listen
 from proxy.launch import Launcher
 from proxy.limits import allow_connections
 from proxy.local import LocalServer, default_folder
+from proxy.process import settle
 from proxy.server import ProxyConfig, ProxyServer
 from proxy.settings import Settings
 from proxy.upstream import Upstream
@@ -138,7 +138,7 @@ async def serve_here(ready: Ready, stop: asyncio.Event, *, announce: Callable[[i
         launching = [group.create_task(launcher.run()) for launcher in launchers.values()]
         with on_hangup(server.reload, stop):
             await announce(server.port)
-            group.create_task(asyncio.to_thread(steptext.load))
+            group.create_task(asyncio.to_thread(settle))
             await stop.wait()
         log.info("stopping", grace=settings.drain_timeout)
         await _all([server.drain(), *(worker.stop(settings.drain_timeout) for worker in workers)])
@@ -184,6 +184,7 @@ async def work(settings: Settings) -> int:
             group.create_task(worker.run())
         print(f"dfproxy {proxy.__version__}: worker for {dsn.show(settings.dsn)}")
         _ready_line(f"worker ready on {', '.join(databases)}")
+        group.create_task(asyncio.to_thread(settle))
         await stop.wait()
         log.info("stopping", grace=settings.drain_timeout)
         await _all([worker.stop(settings.drain_timeout) for worker in workers])
