@@ -57,7 +57,6 @@ def run(stage: Stage) -> Iterator[Row]:
             for statement in fill.split(";\n"):
                 c.execute(statement.replace("%(count)s", str(count)))
             c.execute("VACUUM ANALYZE")
-            c.execute("CHECKPOINT")
     with stage.dfproxy("worker", "--databases", "finished,parked", database="small") as worker:
         for name in names:
             flows.rate(stage, 20, name)
