@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dsl.compiler import compile_sql, mentions_dsl
+from dsl.compiler import compile_sql, mentions_dsl, might_mention_dsl
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -33,6 +33,7 @@ def test_compiles(source: str, expected: str) -> None:
     # Columns keep the name that an operator gives them: that is tested below.
     assert compiled.sql.replace(NO_NAME, "") == expected
     assert mentions_dsl(source.encode())
+    assert might_mention_dsl(b"P\0\0\0\x40name\0" + source.encode() + b"\0\0\0S\0\0\0\x04")
     # What was compiled holds nothing that would be compiled again.
     assert compile_sql(compiled.sql) is None
 

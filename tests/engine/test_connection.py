@@ -74,6 +74,59 @@ async def test_unix_socket_run_commit_rollback(database: Database) -> None:
         assert await s.fetch("SELECT $1::text || 'x', NULL", ["é"]) == [["éx".encode(), None]]
 
 
+async def test_a_commit_that_fails(database18: Database) -> None:
+    """Before COMMIT, where the server waits for a Sync; at COMMIT; and where the session is lost."""
+    serializable = {"default_transaction_isolation": "serializable"}
+    with psycopg.connect(database18.dsn(), autocommit=True) as c, psycopg.connect(database18.dsn()) as other:
+        c.execute("CREATE TABLE t AS SELECT 1 AS n")
+        c.execute("CREATE TABLE u AS SELECT 1 AS n")
+        c.execute("CREATE SCHEMA duroxide")
+        c.execute("CREATE FUNCTION duroxide.checkpoint(text, uuid, jsonb, text, bigint[], text[], jsonb, timestamptz, jsonb)"
+                  " RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'not yours' USING ERRCODE = 'DF001'; END $$")
+        s = await StepConnection.connect(Target.from_dsn(database18.dsn()), serializable, timeout=20)
+        try:
+            await s.begin_and_run(None, "UPDATE t SET n = 2")
+            with pytest.raises(ServerError, match="not yours"):
+                await s.finish(["00000000", *[None] * 8])
+            await s.rollback()
+            assert (await s.begin_and_run(None, "SELECT n FROM t")).rows == [[b"1"]]
+            await s.rollback()
+
+            other.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+            other.execute("SELECT n FROM t")
+            await s.begin_and_run(None, "UPDATE t SET n = (SELECT n + 1 FROM u)")
+            other.execute("UPDATE u SET n = 5")
+            other.commit()
+            with pytest.raises(ServerError) as caught:
+                await s.commit()
+            assert caught.value.sqlstate == "40001"
+            await s.rollback()
+            assert s.usable
+            assert c.execute("SELECT n FROM t").fetchone() == (1,)
+
+            await s.begin_and_run(None, "UPDATE t SET n = 7")
+            c.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE state = 'idle in transaction'")
+            with pytest.raises((ConnectionLostError, ServerError)):
+                await s.commit()
+            assert not s.usable
+            assert c.execute("SELECT n FROM t").fetchone() == (1,)
+        finally:
+            s.close()
+
+
+async def test_a_commit_frees_what_the_step_left(database18: Database) -> None:
+    """Locks, settings, temporary tables and statements go with it; the next step starts like in a new session."""
+    with psycopg.connect(database18.dsn(), autocommit=True) as c:
+        async with session(database18.dsn()) as s:
+            await s.begin_and_run(None, "SELECT pg_advisory_lock(42), set_config('search_path', 'nowhere', false)")
+            assert c.execute("SELECT pg_try_advisory_lock(42)").fetchone() == (False,)
+            await s.commit()
+            assert c.execute("SELECT pg_try_advisory_lock(42)").fetchone() == (True,)
+            shown = await s.begin_and_run(None, "SELECT current_setting('search_path')")
+            assert shown.rows == [[b'"$user", public']]
+            await s.rollback()
+
+
 async def test_the_step_does_not_run_where_its_role_is_refused(database18: Database) -> None:
     with psycopg.connect(database18.superuser_dsn, autocommit=True) as c:
         c.execute("CREATE TABLE public.traces (n int)")
