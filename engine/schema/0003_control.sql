@@ -492,14 +492,14 @@ CREATE FUNCTION df.error(instance_id text) RETURNS text
 LANGUAGE sql STRICT
 RETURN (SELECT i.output FROM duroxide.instances i WHERE i.id = error.instance_id AND i.status = 'failed');
 
--- Waits until an instance has ended and returns its status. Polls after 5 ms, then less and less often, up to 100 ms.
+-- Waits until an instance has ended and returns its status. Polls after 1 ms, then less and less often, up to 100 ms.
 CREATE FUNCTION df.await_instance(instance_id text, timeout_seconds integer DEFAULT 30) RETURNS text
 LANGUAGE plpgsql STRICT
 SET search_path = pg_catalog, pg_temp
 AS $$
 DECLARE
     v_deadline timestamptz := clock_timestamp() + make_interval(secs => timeout_seconds);
-    v_pause double precision := 0.005;
+    v_pause double precision := 0.001;
     v_left double precision;
     v_status text;
 BEGIN
