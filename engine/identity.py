@@ -96,8 +96,8 @@ class Identities:
         self._store = store
         self._secret = settings.secret
         self._cache: dict[tuple[int, str | None], tuple[float, Identity]] = {}
+        self._looking: dict[tuple[int, str | None], asyncio.Lock] = {}
         self._password_lock = asyncio.Lock()
-        self._look_up_lock = asyncio.Lock()
 
     async def resolve(self, oid: int, instance_id: str, database: str | None = None) -> Identity:
         """The identity of a submitter. Raises IdentityError, and what the store's connections raise."""
@@ -105,16 +105,17 @@ class Identities:
         known = self._cache.get(key)
         if known is not None and known[0] > time.monotonic():
             return known[1]
-        # One at a time: when an entry runs out, hundreds of workflows of the same role want it anew at once.
-        async with self._look_up_lock:
+        # One look for all who ask at the same time: a thousand instances of one role may begin at once.
+        async with self._looking.setdefault(key, asyncio.Lock()):
             known = self._cache.get(key)
             if known is not None and known[0] > time.monotonic():
                 return known[1]
             identity = await self._look_up(oid, instance_id, database)
             if len(self._cache) > 10_000:
                 self._cache.clear()
+                self._looking.clear()
             self._cache[key] = (time.monotonic() + CACHE, identity)
-        return identity
+            return identity
 
     def forget(self, oid: int) -> None:
         """Makes the next `resolve` ask the catalog (the role was renamed, its executor changed)."""

@@ -22,6 +22,7 @@ import structlog
 from dsl.values import TYPES_SQL, Column, TypeCatalog
 from engine.model import Changes, Checkpoint, Key, Signal, StepError
 from engine.processes import Life, is_dead
+from engine.recorder import Arguments, Recorder
 from engine.settings import EngineSettings
 from proxy.wire.tls_options import TlsConfigError, for_asyncpg
 
@@ -139,6 +140,8 @@ CHECKPOINT = f"""
 SELECT {_SOON}, duroxide.checkpoint($1, $2::text::uuid, $3::text::jsonb, $4, $5::text::bigint[], $6::text::text[],
                            $7::text::jsonb, $8::text::timestamptz, $9::text::jsonb)
 """
+
+CHECKPOINTS = f"SELECT c.c FROM (SELECT {_SOON}) AS s, LATERAL duroxide.checkpoints($1::text::jsonb) AS c"
 
 #: Gives an instance back after an internal error, not before a pause; counted like a lost worker.
 GIVE_BACK = """
@@ -274,6 +277,7 @@ class Store:
         self.settings = settings
         self.clock = Clock()
         self.worker_id = ""
+        self.recorder = Recorder(self._write)
         self._handled: set[int] = set()
         self.catalog = TypeCatalog()
         self._cache_size = settings.statement_cache_size if statement_cache_size is None else statement_cache_size
@@ -449,13 +453,34 @@ class Store:
                          park: str | None = None) -> None:
         """Records `changes` by themselves. Raises LeaseLostError."""
         arguments = checkpoint_arguments(instance_id, token, changes, big=big, park=park)
-        async with self._connection() as c:
+        if arguments[3] is None:
+            await self.recorder.record(arguments)
+            return
+        # A large result goes by itself.
+        [fault] = await self._write([arguments])
+        if fault is not None:
+            raise fault
+
+    async def _write(self, items: list[Arguments]) -> list[Exception | None]:
+        """Writes checkpoints; what became of each."""
+        if len(items) > 1:
             try:
-                await c.execute(CHECKPOINT, *arguments)
-            except asyncpg.PostgresError as e:
-                if e.sqlstate == LEASE_LOST:
-                    raise LeaseLostError(instance_id) from e
-                raise
+                async with self._connection() as c:
+                    lost = await c.fetchval(CHECKPOINTS, "[" + ",".join(map(_to_json, items)) + "]")
+                return [LeaseLostError(item[0]) if place in lost else None for place, item in enumerate(items, 1)]
+            except asyncpg.PostgresError:
+                pass  # One of them met a lock, or a fault: nothing is written, and each goes by itself.
+        return [await self._write_one(item) for item in items]
+
+    async def _write_one(self, item: Arguments) -> Exception | None:
+        try:
+            async with self._connection() as c:
+                await c.execute(CHECKPOINT, *item)
+        except asyncpg.PostgresError as e:
+            return LeaseLostError(item[0]) if e.sqlstate == LEASE_LOST else e
+        except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.InternalClientError) as e:
+            return e
+        return None
 
     async def refence(self, instance_id: str) -> str:
         """A new token for an instance: from now on no lost session can record for it. Raises LeaseLostError."""

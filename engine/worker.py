@@ -137,12 +137,15 @@ class Worker:
             try:
                 async with asyncio.TaskGroup() as group:
                     beat = group.create_task(self._heartbeats(store, runner))
-                    retention = group.create_task(keep(self.settings, store))
+                    chores = [group.create_task(keep(self.settings, store))]
+                    # As many as there are connections for it.
+                    chores += [group.create_task(store.recorder.run())
+                               for _ in range(max(1, self.settings.max_control_connections - 2))][:2]
                     await self._polls(shared, group)
                     for task in self._instances.values():
                         task.cancel()
-                    beat.cancel()
-                    retention.cancel()
+                    for task in (beat, *chores):
+                        task.cancel()
             finally:
                 runner.pool.close_idle(-1)
                 await client.aclose()

@@ -359,6 +359,31 @@ BEGIN
     END IF;
 END $$;
 
+-- Several checkpoints in one transaction, each as the JSON array of checkpoint's arguments in their text form. Returns the
+-- places (from 1) of those whose lease is lost; the others are written.
+CREATE FUNCTION duroxide.checkpoints(p_items jsonb) RETURNS integer[]
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $$
+DECLARE
+    v_item jsonb;
+    v_place integer := 0;
+    v_lost integer[] := '{}';
+BEGIN
+    FOR v_item IN SELECT e.value FROM jsonb_array_elements(p_items) WITH ORDINALITY AS e(value, n) ORDER BY e.n LOOP
+        v_place := v_place + 1;
+        PERFORM FROM duroxide.queue q WHERE q.instance_id = v_item->>0 AND q.token = (v_item->>1)::uuid FOR UPDATE;
+        IF FOUND THEN
+            PERFORM duroxide.checkpoint(v_item->>0, (v_item->>1)::uuid, (v_item->>2)::jsonb, v_item->>3, (v_item->>4)::bigint[],
+                                        (v_item->>5)::text[], (v_item->>6)::jsonb, (v_item->>7)::timestamptz, (v_item->>8)::jsonb);
+        ELSE
+            v_lost := v_lost || v_place;
+        END IF;
+    END LOOP;
+    RETURN v_lost;
+END $$;
+
 -- Gives instances back, due at once (a worker that shuts down, or found its own view of one to be stale).
 CREATE FUNCTION duroxide.release(p_worker uuid, p_instances text[])
 RETURNS void
@@ -372,4 +397,4 @@ $$;
 REVOKE ALL ON ALL TABLES IN SCHEMA duroxide FROM PUBLIC;
 REVOKE ALL ON FUNCTION duroxide.heartbeat(uuid), duroxide.leave(uuid), duroxide.claim(uuid, integer),
     duroxide.next_due(), duroxide.overdue(), duroxide.inbox(uuid, bigint[]), duroxide.release(uuid, text[]),
-    duroxide.checkpoint(text, uuid, jsonb, text, bigint[], text[], jsonb, timestamptz, jsonb) FROM PUBLIC;
+    duroxide.checkpoints(jsonb), duroxide.checkpoint(text, uuid, jsonb, text, bigint[], text[], jsonb, timestamptz, jsonb) FROM PUBLIC;

@@ -8,7 +8,8 @@ import psycopg
 import pytest
 from psycopg import sql as pgsql
 
-from engine.identity import derive_password, scram_verifier
+from engine import identity
+from engine.identity import Identities, derive_password, scram_verifier
 from engine.migrate import migrate
 from tests.engine.fix_graphs import seq, sql
 from tests.engine.helpers import Client, ended, install, running_worker
@@ -140,6 +141,24 @@ async def test_plain_set_role_where_it_is_allowed(database: Database) -> None:
         async with running_worker(database, allow_set_role=True):
             assert await ended(c, instance) == [
                 ("completed", f'{{"rows":[{{"c":"{name}","s":"{database.owner}"}}],"row_count":1}}')]
+
+
+async def test_many_that_begin_at_once_look_once(database18: Database, role: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    await prepared(database18, role)
+    looks = []
+    whole = Identities._look_up
+
+    async def look_up(self, oid, *rest):  # type: ignore[no-untyped-def]
+        looks.append(oid)
+        return await whole(self, oid, *rest)
+
+    monkeypatch.setattr(Identities, "_look_up", look_up)
+    monkeypatch.setattr(identity, "CACHE", 3600.0)
+    with Client(database18, role) as c:
+        instances = [c.start(sql("SELECT 1")) for _ in range(50)]
+        async with running_worker(database18):
+            assert {s for s, _ in await ended(c, *instances)} == {"completed"}
+    assert len(looks) == 1
 
 
 async def test_superusers_and_nologin_roles(database: Database) -> None:
