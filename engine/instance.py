@@ -381,11 +381,19 @@ class HeldInstance:
             self._tasks[key] = self._group.create_task(self._run_step(step))
 
     async def _run_step(self, step: Step) -> None:
-        async def record_started(at: datetime) -> None:
-            await self._store.checkpoint(self.instance_id, self.token, started(at))
+        attempts = step.attempts
+        if attempts:
+            log.warning("step runs again: what became of it before is not known", instance=self.instance_id,
+                        node=step.node.id, attempts=attempts)
 
-        def started(at: datetime) -> Changes:
-            return Changes(rows=[Checkpoint(*step.key, "started", meta=step.meta, started_at=at)])
+        async def record_started(at: datetime) -> None:
+            nonlocal attempts
+            await self._store.checkpoint(self.instance_id, self.token, started(at, attempts + 1))
+            attempts += 1
+
+        def started(at: datetime, attempt: int) -> Changes:
+            meta = {**(step.meta or {}), "at_least_once": True, "attempt": attempt}
+            return Changes(rows=[Checkpoint(*step.key, "started", meta=meta, started_at=at)])
 
         job = Job(self.instance_id, self._loaded.submitted_by, self._loaded.database, step, record_started)
         outcome: Outcome | Exception
@@ -400,8 +408,10 @@ class HeldInstance:
                     step = replace(step, kind=NodeType(request["type"]), text=request["query"],
                                    meta={"request": request})
                     if isinstance(outcome, Ready):
-                        await self._finish(step.key, started(outcome.started_at), outcome)
+                        await self._finish(step.key, started(outcome.started_at, 0), outcome)
                     outcome = await self._shared.http.run(replace(job, step=step))
+            if isinstance(outcome, Committed):
+                outcome.meta["attempt"] = attempts
         except Exception as e:  # noqa: BLE001 - the instance's own task raises it
             outcome = e
         self.put(StepEnded(step.key, outcome))

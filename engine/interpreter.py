@@ -419,19 +419,21 @@ class StepFrame(LeafFrame):
 
     def act(self, run: Interpreter, row: Checkpoint | None) -> None:
         text = self.node.query or ""
-        meta = row.meta if row is not None else None
-        if meta is not None and "request" in meta:
+        meta = (row.meta if row is not None else None) or {}
+        attempts = int(meta.get("attempt", 0))
+        if "request" in meta:
             # `SELECT df.http(...)`, whose statement has run: what it asked for is not asked for anew.
             request = meta["request"]
-            step = Step(self.key, self.node, NodeType(request["type"]), request["query"], meta=meta)
+            step = Step(self.key, self.node, NodeType(request["type"]), request["query"], meta={"request": request},
+                        attempts=attempts)
         elif self.node.type is NodeType.SQL:
             text = step_sql(text, variables=PlainVariables(run.variables), instance_id=run.instance_id,
                             label=run.label, results=self.scope.visible())
-            step = Step(self.key, self.node, self.node.type, text)
+            step = Step(self.key, self.node, self.node.type, text, attempts=attempts)
         else:
             # Filled in by the runner, which can open secret variables.
             inputs = Inputs(run.instance_id, run.label, run.variables, self.scope.visible())
-            step = Step(self.key, self.node, self.node.type, text, inputs)
+            step = Step(self.key, self.node, self.node.type, text, inputs, attempts=attempts)
         run.steps.append(step)
         run.active[self.key] = self
 

@@ -102,7 +102,8 @@ class Step:
     """Work for a runner: a leaf that acts on the world.
 
     `text`: the SQL after substitution, or an HTTP step's config before it; `inputs` then says what to put in (None: the
-    config is ready). `meta`: what a `started` checkpoint of this step must hold.
+    config is ready). `meta`: what a `started` checkpoint of this step must hold. `attempts`: how often an at-least-once
+    step has begun already, without anybody knowing the outcome; 0: it never did.
     """
 
     key: Key
@@ -111,3 +112,4 @@ class Step:
     text: str
     inputs: Inputs | None = None
     meta: Mapping[str, Any] | None = None
+    attempts: int = 0

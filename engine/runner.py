@@ -293,7 +293,8 @@ class Runner:
         sql = self._compile(job)
         if (unfit := _unfit(sql)) is not None:
             return Failed(started, unfit)
-        outside = False
+        # A step here that was begun at least once was found then to need no transaction block.
+        outside = job.database is None and job.step.attempts > 0
         suspects = 0
         attempt = 0
         while True:

@@ -331,7 +331,8 @@ BEGIN
                                            types jsonb, error jsonb, meta jsonb, started_at timestamptz)
     ON CONFLICT (instance_id, execution, node) DO UPDATE
        SET event = EXCLUDED.event, result = EXCLUDED.result, types = EXCLUDED.types, error = EXCLUDED.error,
-           meta = EXCLUDED.meta, started_at = COALESCE(EXCLUDED.started_at, h.started_at),
+           meta = CASE EXCLUDED.event WHEN 'failed' THEN COALESCE(EXCLUDED.meta, h.meta) ELSE EXCLUDED.meta END,
+           started_at = COALESCE(EXCLUDED.started_at, h.started_at),
            ended_at = EXCLUDED.ended_at;
     IF p_consumed IS NOT NULL THEN
         DELETE FROM duroxide.signals WHERE seq = ANY (p_consumed) AND instance_id = p_instance;

@@ -306,6 +306,11 @@ BEGIN
                 v_generation := split_part(v_stamp, '::', -1);
             END IF;
             status_details := jsonb_build_object('execution_id', v_stamp);
+            -- SQL that can't share a transaction with its checkpoint, and HTTP: how often it began. An attempt that is not the
+            -- last had an outcome that nobody heard of.
+            IF (a_fresh[i] OR v_stale) AND h_meta[i] ? 'at_least_once' THEN
+                status_details := status_details || jsonb_build_object('at_least_once', true, 'attempts', h_meta[i]->'attempt');
+            END IF;
         END IF;
 
         IF status IN ('completed', 'failed') AND NOT v_lost AND NOT v_stale THEN

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.engine.fix_graphs import join, seq, sql
-from tests.engine.helpers import Client, ended, install, running_worker, until
+from tests.engine.helpers import Client, ended, install, running_worker, until, worker_process
 from tests.fix_postgres import Database
 
 DONE = '{"rows":[],"row_count":0}'
@@ -137,8 +139,38 @@ async def test_statements_that_need_no_transaction_block(database: Database) -> 
             assert [s for s, _ in await ended(c, *instances, concurrently)] == ["completed"] * 3
         assert c.rows("SELECT n FROM t ORDER BY n") == [(1,), (2,)]
         assert c.one("SELECT meta FROM duroxide.history WHERE instance_id = %s", instances[0]) == \
-            {"tag": "VACUUM", "at_least_once": True}
+            {"tag": "VACUUM", "at_least_once": True, "attempt": 1}
+        assert c.rows("SELECT node_type, status_details - 'execution_id' FROM df.nodes WHERE instance_id = %s ORDER BY 1, 2::text",
+                      concurrently) == [("SQL", {"attempts": 1, "at_least_once": True}), ("SQL", {}), ("THEN", {})]
         assert c.one("SELECT indisvalid FROM pg_index WHERE indexrelid = 'i'::regclass") is True
+
+
+@pytest.mark.parametrize("end", ["killed", "cancelled", "failed"])
+async def test_what_is_known_of_a_step_whose_worker_was_lost(database18: Database, end: str) -> None:
+    """A worker is killed in the middle of a procedure that has committed a part: the second one knows that it had begun."""
+    await install(database18)
+    with Client(database18) as c:
+        c.execute("CREATE TABLE t (n int)")
+        c.execute("CREATE PROCEDURE half() LANGUAGE plpgsql AS $$ BEGIN INSERT INTO t VALUES (1); COMMIT; "
+                  "IF (SELECT count(*) FROM t) < 2 THEN PERFORM pg_sleep(1000); END IF; "
+                  + ("PERFORM pg_sleep(1000);" if end == "cancelled" else "PERFORM 1 / 0;" if end == "failed" else "") + " END $$")
+        tree = seq(sql("CALL half()"), sql("SELECT 1 AS n"))
+        instance = c.start(tree)
+        details = "SELECT status, status_details - 'execution_id' FROM df.nodes WHERE instance_id = %s AND query = 'CALL half()'"
+        with worker_process(database18, lease=3600.0) as process:
+            await until(lambda: c.one("SELECT count(*) FROM t") == 1)
+            assert c.rows(details, instance) == [("running", {"attempts": 1, "at_least_once": True})]
+            process.kill()
+            process.wait()
+        async with running_worker(database18):
+            if end == "cancelled":
+                await until(lambda: c.one("SELECT count(*) FROM t") == 2)
+                c.execute("SELECT df.cancel(%s)", instance)
+                await until(lambda: c.one("SELECT count(*) FROM duroxide.queue") == 0)
+            await ended(c, instance)
+        status = "completed" if end == "killed" else "failed"
+        assert c.rows(details, instance) == [(status, {"attempts": 2, "at_least_once": True})]
+        assert c.one("SELECT count(*) FROM t") == 2
 
 
 async def test_a_step_in_another_database(database18: Database) -> None:
