@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -519,6 +520,12 @@ class _FailedError(Exception):
         self.error = error
 
 
+#: Behind comments, of which those in /* */ may be nested: what can't be told from the inside of one is let through here
+#: only if it is no statement.
+_BLANK = r"(?:\s|--[^\n\r]*|/\*(?:[^*/]|\*(?!/)|/(?!\*)|/\*(?:[^*/]|\*(?!/)|/(?!\*))*\*/)*\*/)"
+_PREPARE_TRANSACTION = re.compile(rf"{_BLANK}*PREPARE{_BLANK}+TRANSACTION\b", re.IGNORECASE)
+
+
 def _unfit(sql: str) -> StepError | None:
     """What the protocol can't carry; substituted values may hold it."""
     try:
@@ -527,6 +534,10 @@ def _unfit(sql: str) -> StepError | None:
         return StepError("SQL execution failed: the statement holds half of a surrogate pair", "22021")
     if "\0" in sql:
         return StepError("SQL execution failed: the statement holds a zero byte", "22021")
+    if _PREPARE_TRANSACTION.match(sql):
+        # The others are noticed once they have done nothing; this one would keep what it did, and its locks, for ever.
+        return StepError("SQL execution failed: a step can't end its transaction: COMMIT, ROLLBACK and PREPARE "
+                         "TRANSACTION are the engine's", "2D000")
     return None
 
 
