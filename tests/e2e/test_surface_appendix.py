@@ -125,10 +125,11 @@ def test_b21_the_extension_can_be_created_again(c: psycopg.Connection[Any]) -> N
 
 def test_b21_the_heartbeat_moves(quick: Through) -> None:
     with quick.connect() as c:
-        seen = one(c, "SELECT last_seen_at FROM df._worker_epoch")
+        seen: set[Any] = set()  # a machine that is busy may have the worker register anew
         deadline = time.monotonic() + 60
-        while one(c, "SELECT last_seen_at FROM df._worker_epoch") == seen:
+        while len(seen - {None}) < 2:
             assert time.monotonic() < deadline
+            seen.add(one(c, "SELECT max(last_seen_at) FROM df._worker_epoch"))
             time.sleep(0.1)
 
 
