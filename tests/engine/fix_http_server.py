@@ -346,6 +346,7 @@ async def _serve_h2(server: HttpServer, reader: asyncio.StreamReader, writer: as
     writer.write(connection.data_to_send())
     heads: dict[int, dict[str, str]] = {}
     bodies: dict[int, bytes] = {}
+    unsent: dict[int, bytes] = {}
     while data := await reader.read(65536):
         for event in connection.receive_data(data):
             if isinstance(event, h2.events.StreamEnded) and event.stream_id and heads[event.stream_id][":path"] == "/raw":
@@ -362,7 +363,12 @@ async def _serve_h2(server: HttpServer, reader: asyncio.StreamReader, writer: as
                 connection.acknowledge_received_data(event.flow_controlled_length or 0, event.stream_id)
             elif isinstance(event, h2.events.StreamEnded):
                 assert event.stream_id is not None
-                _reply_h2(server, connection, event.stream_id, heads.pop(event.stream_id), bodies.pop(event.stream_id))
+                unsent[event.stream_id] = _reply_h2(server, connection, event.stream_id, heads.pop(event.stream_id),
+                                                    bodies.pop(event.stream_id))
+        for stream, content in list(unsent.items()):
+            unsent[stream] = _send_h2(connection, stream, content)
+            if not unsent[stream]:
+                del unsent[stream]
         writer.write(connection.data_to_send())
         await writer.drain()
     if heads or server.parallel:
@@ -374,22 +380,30 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _reply_h2(server: HttpServer, connection: h2.connection.H2Connection, stream: int, head: dict[str, str], body: bytes) -> None:
+def _reply_h2(server: HttpServer, connection: h2.connection.H2Connection, stream: int, head: dict[str, str], body: bytes) -> bytes:
+    """Begins to answer; returns the body that is to be sent."""
     seen = Seen(head[":method"], head[":path"], head, body, "2")
     server.requests.append(seen)
     if seen.path == "/hang":
         server.parallel += 1
-        return
+        return b""
     if seen.path == "/reset":
         connection.reset_stream(stream, 2)
-        return
+        return b""
     if seen.path == "/goaway":
         connection.close_connection()
-        return
+        return b""
     status = seen.path.rsplit("/", 1)[1] if seen.path.startswith("/status/") else "200"
-    content = described(seen)
     connection.send_headers(stream, [(":status", status), ("content-type", "application/json")])
-    connection.send_data(stream, content, end_stream=True)
+    return described(seen)
+
+
+def _send_h2(connection: h2.connection.H2Connection, stream: int, content: bytes) -> bytes:
+    """Sends as much as the client has room for; returns the rest."""
+    while content and (room := min(connection.local_flow_control_window(stream), connection.max_outbound_frame_size)) > 0:
+        connection.send_data(stream, content[:room], end_stream=len(content) <= room)
+        content = content[room:]
+    return content
 
 
 @contextlib.asynccontextmanager

@@ -438,6 +438,10 @@ async def test_http2_and_sni(tmp_path: Path) -> None:
         assert server.server_names == ["api.example.test"]
         await call(client, server.url("/echo", "api.example.test"))
         assert server.connections == 1
+        # More than the windows of both sides hold.
+        body = "x" * 2_000_000
+        found = json.loads((await call(client, server.url("/echo", "api.example.test"), "POST", body=body))["body"])
+        assert found["body"] == body
         # A call that is aborted takes its connection with it, and no other call.
         hanging = asyncio.create_task(call(client, server.url("/hang", "api.example.test")))
         await until(lambda: server.requests[-1].path == "/hang")
