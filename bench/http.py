@@ -1,7 +1,7 @@
 """`python -m bench.http` (or `python -m bench http`): HTTP steps against plain httpx.
 
 The server is a process of its own on this machine and answers after 50 ms. First the client alone, in this process, as
-httpx is: 1,000 calls at once on new connections, and 2,000 calls, 100 at a time, on kept ones. Then whole workflows:
+httpx is: 1,000 calls at once on new connections, and 1,000 calls, 100 at a time, on kept ones. Then whole workflows:
 1,000 of one call each, started by one statement, run by `dfproxy worker` with their checkpoints.
 """
 
@@ -26,7 +26,7 @@ from engine.http.policy import HostList, HttpPolicy
 
 LATENCY = 0.05
 AT_ONCE, REPEATS = 1000, 3
-KEPT, IN_FLIGHT = 2000, 100
+KEPT, IN_FLIGHT = 1000, 100
 ALLOW = "127.0.0.0/8"
 START = "SELECT count(df.start(df.http(%s, 'GET'))) FROM generate_series(1, %s)"
 #: From the first call that began to the last result that was recorded, as the database saw it.
