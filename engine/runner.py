@@ -41,6 +41,7 @@ log = structlog.get_logger("dfproxy.engine")
 #: Errors that say nothing against a statement: it may succeed next time.
 _TRANSIENT_STATES = frozenset({"40001", "40P01"})
 _TRANSIENT_CLASSES = ("53",)
+_READ_ONLY = "25006"
 #: "can't run inside a transaction block", "invalid transaction termination" (from CALL).
 _OUTSIDE_STATES = frozenset({"25001", "2D000"})
 #: What a server says to a login that it will accept later: starting up, shutting down, too many clients.
@@ -446,7 +447,15 @@ class Runner:
         except ServerError as e:
             await lease.rollback()
             if e.sqlstate == "22023" and "does not exist" in e.message and identity.role_sql is not None:
+                # The role may have been dropped, or renamed, since it was looked up.
                 self._identities.forget(identity.oid)
+                try:
+                    if await self._identities.resolve(identity.oid, job.instance_id, job.database) != identity:
+                        raise TransientError(e.message) from e
+                except IdentityError as gone:
+                    return Failed(started, StepError(str(gone), gone.sqlstate, None, gone.hint))
+            if e.sqlstate == _READ_ONLY and lease.connection.pooled and await self._in_recovery():
+                raise TransientError("the server is a standby") from e
             if e.sqlstate in _OUTSIDE_STATES and e.fields.get("V", e.fields.get("S")) == "ERROR":
                 # The role would have to stay with the session, and so does what a procedure sets.
                 if lease.connection.pooled and (identity.role_sql is not None or e.sqlstate != "25001"):
@@ -468,6 +477,11 @@ class Runner:
         except ConnectionLostError as e:
             lease.drop()
             raise TransientError(str(e), suspect=True) from e
+
+    async def _in_recovery(self) -> bool:
+        """Whether a pooler has led us to a standby; without one a session would have said so itself."""
+        [row] = await self._store.fetch("SELECT pg_catalog.pg_is_in_recovery()")
+        return bool(row[0])
 
     # -- results -----------------------------------------------------------------------------------------------
 
@@ -522,8 +536,9 @@ class _FailedError(Exception):
 
 #: Behind comments, of which those in /* */ may be nested: what can't be told from the inside of one is let through here
 #: only if it is no statement.
-_BLANK = r"(?:\s|--[^\n\r]*|/\*(?:[^*/]|\*(?!/)|/(?!\*)|/\*(?:[^*/]|\*(?!/)|/(?!\*))*\*/)*\*/)"
-_PREPARE_TRANSACTION = re.compile(rf"{_BLANK}*PREPARE{_BLANK}+TRANSACTION\b", re.IGNORECASE)
+_INSIDE = r"[^*/]|\*(?!/)|/(?!\*)"
+_BLANK = rf"(?>\s|--[^\n\r]*+|/\*(?>{_INSIDE}|/\*(?>{_INSIDE})*+\*/)*+\*/)"
+_PREPARE_TRANSACTION = re.compile(rf"{_BLANK}*+PREPARE{_BLANK}++TRANSACTION\b", re.IGNORECASE)
 
 
 def _unfit(sql: str) -> StepError | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import asyncpg
 import structlog
 
 from engine.http.client import HttpClient
@@ -155,9 +156,11 @@ class Worker:
         finally:
             self._held.clear()
             self._instances.clear()
-            if registered:
-                await self._farewell(store)
-            await store.close()
+            try:
+                if registered:
+                    await self._farewell(store)
+            finally:
+                await store.close()
 
     async def _farewell(self, store: Store) -> None:
         """Gives everything back. If that fails the lease will run out."""
@@ -165,7 +168,8 @@ class Worker:
             async with asyncio.timeout(FAREWELL):
                 await store.unregister()
         except Exception as e:
-            if not is_infrastructure(e):
+            # Of the database's own words none matters more than why this life ends (the schemas may be gone).
+            if not is_infrastructure(e) and not isinstance(e, asyncpg.PostgresError):
                 raise
             log.warning("instances could not be given back; their lease will run out", reason=str(e))
 
