@@ -6,28 +6,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Iterator
 
 import psycopg
 import pytest
 from psycopg import sql as pgsql
 
-from engine.migrate import migrate, uninstall
+from engine.migrate import uninstall
 from engine.runner import _unfit
+from proxy.embedded import Cluster
 from tests.engine.fix_graphs import join, seq, sleep, sql
+from tests.engine.fix_surface import installed_database
 from tests.engine.helpers import Client, ended, install, running_worker, until
 from tests.engine.test_identity import grant_usage, make_role
-from tests.fix_postgres import Database, fresh_database
+from tests.fix_postgres import Database, versions
 
 
 @pytest.fixture(scope="module")
-def shared(request: pytest.FixtureRequest) -> Database:
+def shared(cluster18: Cluster) -> Iterator[Database]:
     """One installed database for those tests that leave it as it was."""
-    cluster = request.getfixturevalue("cluster18")
-    context = fresh_database(cluster, 18)
-    database = context.__enter__()
-    request.addfinalizer(lambda: context.__exit__(None, None, None))
-    asyncio.run(migrate(database.dsn()))
-    return database
+    with installed_database(cluster18, versions()[0]) as database:
+        yield database
 
 
 names = (f"x{n}" for n in itertools.count())
@@ -129,7 +128,7 @@ async def test_out_of_connections(database18: Database) -> None:
             instance = c.start(sql("SELECT 1 AS n"))
             async with running_worker(database18, retry_min=0.01, retry_max=0.1) as worker:
                 # Refused, again and again: it is no reason to fail.
-                await until(lambda: worker.held == 1 if role == executor else worker.statistics.lives > 2)
+                await until(lambda own=role != executor: worker.statistics.lives > 2 if own else worker.held == 1)
                 await asyncio.sleep(0.2)
                 assert c.one("SELECT status FROM duroxide.instances WHERE id = %s", instance) == "pending"
                 admin.execute(limit.format(pgsql.Identifier(role), pgsql.Literal(-1)))
