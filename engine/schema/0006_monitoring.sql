@@ -179,7 +179,7 @@ CREATE FUNCTION df.metrics()
 RETURNS TABLE (total_instances bigint, running_instances bigint, completed_instances bigint, failed_instances bigint,
                total_executions bigint, total_events bigint)
 LANGUAGE sql SECURITY DEFINER
-SET search_path = pg_catalog, pg_temp
+SET search_path = pg_catalog, pg_temp SET jit = off
 BEGIN ATOMIC
     SELECT i.total, i.running, i.completed, i.failed, i.total + COALESCE(e.more_rounds, 0), e.total
       FROM (SELECT count(*) AS total,
