@@ -16,6 +16,7 @@ import psycopg
 import pytest
 
 from proxy.embedded import SYSTEM_USER
+from tests.engine.helpers import Through
 from tests.fix_postgres import Database, free_port
 
 #: Debian puts it where only root's PATH leads.
@@ -40,17 +41,8 @@ server_check_query = SELECT 1
 """
 
 
-class BehindBouncer(Database):
-    """The same database, through PgBouncer; superusers go straight to the server."""
-
-    port: int
-
-    def dsn(self, user: str | None = None) -> str:
-        return f"postgresql://{user or self.owner}@127.0.0.1:{self.port}/{self.name}"
-
-
 @contextlib.contextmanager
-def behind_pgbouncer(database: Database, *, size: int = 3) -> Iterator[BehindBouncer]:
+def behind_pgbouncer(database: Database, *, size: int = 3) -> Iterator[Through]:
     """Runs a PgBouncer of its own before the database's server. `size`: server connections per role and database."""
     assert BINARY is not None
     folder = Path(tempfile.mkdtemp(prefix="dfproxy-bouncer-"))
@@ -65,8 +57,7 @@ def behind_pgbouncer(database: Database, *, size: int = 3) -> Iterator[BehindBou
         drop = {"user": SYSTEM_USER, "group": entry.pw_gid, "extra_groups": []}
     process = subprocess.Popen([BINARY, "-q", str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **drop)
     try:
-        behind = BehindBouncer(**{f: getattr(database, f) for f in ("cluster", "name", "owner", "version")})
-        object.__setattr__(behind, "port", port)
+        behind = Through.of(database, port)
         deadline = time.monotonic() + 60
         while True:
             try:
@@ -83,4 +74,4 @@ def behind_pgbouncer(database: Database, *, size: int = 3) -> Iterator[BehindBou
         shutil.rmtree(folder, ignore_errors=True)
 
 
-__all__ = ["BehindBouncer", "behind_pgbouncer", "needs_pgbouncer"]
+__all__ = ["behind_pgbouncer", "needs_pgbouncer"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import psycopg
@@ -46,6 +47,20 @@ async def running_worker(database: Database, **changes: Any) -> AsyncIterator[Wo
             _workers.discard(worker)
             await worker.stop(5)
             await task
+
+
+@dataclass(frozen=True)
+class Through(Database):
+    """The same database, by another port: there is something in between. Superusers go straight to the server."""
+
+    port: int = 0
+
+    @classmethod
+    def of(cls, database: Database, port: int) -> Through:
+        return cls(database.cluster, database.name, database.owner, database.version, port)
+
+    def dsn(self, user: str | None = None) -> str:
+        return f"postgresql://{user or self.owner}@127.0.0.1:{self.port}/{self.name}"
 
 
 class Client:
