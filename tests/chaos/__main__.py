@@ -26,7 +26,8 @@ def main() -> int:
     parser.add_argument("--log", action="store_true", help="print what the workers logged")
     given = parser.parse_args()
     plan = Plan(seconds=given.seconds, seed=given.seed, workers=given.workers, lease=given.lease, rate=given.rate,
-                calm=given.calm, fence=not given.break_fence)
+                calm=max(given.calm, 80.0) if given.seconds >= 60 else given.calm, schedules=given.seconds >= 60,
+                fence=not given.break_fence)
     report = asyncio.run(storm(plan))
     if given.log:
         print(report.log)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import psycopg
@@ -21,7 +21,8 @@ class Findings:
     failed: int = 0
     cancelled: int = 0
     effects: int = 0
-    repeated: int = 0  #: steps in another database that ran more than once, which is allowed
+    calls: int = 0  #: HTTP calls that arrived
+    repeated: int = 0  #: steps in another database, and HTTP calls, that ran more than once, which is allowed
 
     lost: int = 0  #: effects that must be there and are not, and starts that committed and are not there
     doubled: int = 0  #: effects that are there more than once
@@ -45,12 +46,20 @@ class Findings:
     def lines(self) -> list[str]:
         """For people."""
         counts = [f"{f.name} {getattr(self, f.name)}" for f in fields(self) if f.name != "examples"]
-        return [", ".join(counts[:6]), ", ".join(counts[6:]), *self.examples]
+        return [", ".join(counts[:7]), ", ".join(counts[7:]), *self.examples]
 
 
-def audit(dsn: str, workflows: Mapping[str, Tree], elsewhere: Mapping[str, int], other_dsn: str | None) -> Findings:
-    """Looks at everything. `workflows`: the committed ones; `elsewhere`: steps of those that ran in another database."""
+def audit(dsn: str, workflows: Mapping[str, Tree], elsewhere: Mapping[str, int], other_dsn: str | None,
+          arrived: Sequence[tuple[str, str]] = ()) -> Findings:
+    """Looks at everything. `workflows`: the committed ones; `elsewhere`: steps of those that ran in another database.
+    `arrived`: the HTTP calls as their server saw them: X-Place, Idempotency-Key.
+    """
     found = Findings()
+    calls: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for header, key in arrived:
+        instance, _, place = header.partition(" ")
+        calls[instance][place].append(key)
+        found.calls += 1
     with psycopg.connect(dsn) as c:
         status = {i: (s, o) for i, s, o in c.execute("SELECT id, status, output FROM duroxide.instances")}
         cancels = {i for i, in c.execute("SELECT instance FROM public.cancels")}
@@ -80,7 +89,7 @@ def audit(dsn: str, workflows: Mapping[str, Tree], elsewhere: Mapping[str, int],
             found.blame("lost", 1, f"{instance}: the start committed, the instance is gone")
             continue
         _check(found, instance, tree, status[instance], instance in cancels, winners[instance], effects[instance],
-               {p: v for (i, p), v in payloads.items() if i == instance}, queued=instance in queued)
+               {p: v for (i, p), v in payloads.items() if i == instance}, calls[instance], queued=instance in queued)
     if other_dsn is not None:
         with psycopg.connect(other_dsn) as c:
             ran = dict(c.execute("SELECT instance, count(*) FROM public.effects GROUP BY 1").fetchall())
@@ -95,8 +104,8 @@ def audit(dsn: str, workflows: Mapping[str, Tree], elsewhere: Mapping[str, int],
 
 
 def _check(found: Findings, instance: str, tree: Tree, status: tuple[str, str | None], cancelled: bool,
-           winners: Mapping[tuple[str, int], int], effects: Counter[str], payloads: Mapping[str, str | None], *,
-           queued: bool) -> None:
+           winners: Mapping[tuple[str, int], int], effects: Counter[str], payloads: Mapping[str, str | None],
+           calls: Mapping[str, list[str]], *, queued: bool) -> None:
     want = expected(tree, winners)
     state, output = status
     if state not in ("completed", "failed", "cancelled") or (state == "cancelled" and queued):
@@ -108,6 +117,7 @@ def _check(found: Findings, instance: str, tree: Tree, status: tuple[str, str | 
             found.blame("wrong", 1, f"{instance} is cancelled, and nobody asked")
         want.optional |= want.required
         want.required = set()
+        want.calls = set()
     elif (state == "failed") != want.failed:
         found.blame("wrong", 1, f"{instance} is {state}: {output}")
         return
@@ -115,6 +125,14 @@ def _check(found: Findings, instance: str, tree: Tree, status: tuple[str, str | 
         found.blame("lost", 1, f"{instance}: a race without a recorded winner")
     for place in want.required - set(effects):
         found.blame("lost", 1, f"{instance} {place}")
+    for place in want.calls - set(calls):
+        found.blame("lost", 1, f"{instance} {place}: the call never arrived")
+    for place, keys in calls.items():
+        found.repeated += len(keys) - 1
+        if len(set(keys)) > 1:
+            found.blame("wrong", 1, f"{instance} {place}: called with different keys: {set(keys)}")
+    if len({keys[0] for keys in calls.values()}) < len(calls):
+        found.blame("wrong", 1, f"{instance}: different calls with the same key")
     for place, count in effects.items():
         if place not in want.required and place not in want.optional:
             # A race in a round that a cancel or a failure cut short may be undecided: its branches are no surprise.

@@ -28,12 +28,14 @@ from tests.chaos.audit import Findings, audit
 from tests.chaos.wires import Wires
 from tests.chaos.workload import Workload, describe, signals_of
 from tests.engine.fix_graphs import Tree, flatten, seq, sql
+from tests.engine.fix_http_server import http_server
 from tests.fix_postgres import running_cluster, versions
 
 DATABASE, OTHER, OWNER, APP = "storm", "elsewhere", "owner", "app"
 
 PROGRAM = """
 import asyncio, signal, sys
+from engine.http.policy import HostList, HttpPolicy
 from engine.settings import EngineSettings
 from engine.worker import Worker
 
@@ -49,7 +51,8 @@ def show():
 
 async def main():
     asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, show)
-    await Worker(EngineSettings(dsn=sys.argv[1], **eval(sys.argv[2]))).run()
+    http = HttpPolicy(allow=HostList.parse(["127.0.0.1"]), max_parallel_per_host=100)
+    await Worker(EngineSettings(dsn=sys.argv[1], http=http, **eval(sys.argv[2]))).run()
 
 asyncio.run(main())
 """
@@ -87,6 +90,7 @@ class Plan:
     rate: float = 12.0  #: workflows started a second
     calm: float = 20.0  #: once the storm is over: seconds without any progress after which what is left is stuck
     restarts: bool = True
+    schedules: bool = False  #: workflows may wait for a full minute, and so must the calm
     fence: bool = True  #: False: break the fencing, to see that the audit notices
 
 
@@ -137,14 +141,15 @@ class Storm:
         """The scene, the storm, the calm, the audit."""
         began = time.monotonic()
         await self._scene()
-        async with self.wires.running(), self._workers():
+        async with http_server() as self.server, self.wires.running(), self._workers():
             end = time.monotonic() + self.plan.seconds
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._client(end))
                 group.create_task(self._weather(end))
             self.over = True
             await self._calm()
-        findings = await asyncio.to_thread(audit, self.dsn(), self.workflows, self.elsewhere, self.dsn(database=OTHER))
+        arrived = [(r.headers["x-place"], r.headers["idempotency-key"]) for r in self.server.requests]
+        findings = await asyncio.to_thread(audit, self.dsn(), self.workflows, self.elsewhere, self.dsn(database=OTHER), arrived)
         return Report(self.plan, findings, self.faults, self.nodes, time.monotonic() - began,
                       "\n".join(p.read_text() for p in sorted(self.folder.glob("*.log"))), self.notes)
 
@@ -160,7 +165,7 @@ class Storm:
         await migrate(self.dsn())
         with psycopg.connect(self.dsn(), autocommit=True) as c:
             c.execute(SCENE)
-            c.execute("SELECT df.grant_usage('app')")
+            c.execute("SELECT df.grant_usage('app', include_http => true)")
             if not self.plan.fence:
                 body = c.execute("SELECT pg_get_functiondef(p.oid) FROM pg_proc p WHERE proname = 'checkpoint' "
                                  "AND pronamespace = 'duroxide'::regnamespace").fetchall()[0][0]
@@ -305,7 +310,7 @@ class Storm:
             await self._transact(OWNER, there, (insert, instance, json.dumps(flatten(tree)), OTHER))
             self.elsewhere[instance] = 3
             return
-        tree = Workload(rng).workflow()
+        tree = Workload(rng, endpoint=self.server.url(""), schedules=self.plan.schedules).workflow()
         start = (insert, instance, json.dumps(flatten(tree)), None)
         if rng.random() < 0.05:
             await self._transact(user, there, start, rollback=True)

@@ -61,6 +61,27 @@ async def test_the_audit_sees_what_is_lost_doubled_wrong_and_stuck(database18: D
     assert (found.lost, found.doubled, found.wrong, found.stuck, found.uncalled) == (2, 1, 1, 1, 1)
 
 
+async def test_the_audit_sees_what_was_called(database18: Database) -> None:
+    await _scene(database18)
+    with Client(database18) as c:
+        instance = c.start(_effect("p1"))
+        async with running_worker(database18):
+            await ended(c, instance)
+    call = {"type": "HTTP", "place": "h2", "loops": []}
+    tree = seq(_effect("p1"), call, call | {"place": "h3"})
+    first, second = (f"{instance} h2", "k2"), (f"{instance} h3", "k3")
+
+    def look(*arrived: tuple[str, str]) -> tuple[int, int, int]:
+        found = audit(database18.dsn(), {instance: tree}, {}, None, arrived)
+        return found.lost, found.wrong, found.repeated
+
+    assert look(first, second) == (0, 0, 0)
+    assert look(first, second, second) == (0, 0, 1)
+    assert look(first) == (1, 0, 0)
+    assert look(first, second, (second[0], "k4")) == (0, 1, 1)
+    assert look(first, (second[0], "k2")) == (0, 1, 0)
+
+
 @pytest.mark.parametrize("fenced", [True, False])
 async def test_the_audit_notices_a_broken_fence(database18: Database, fenced: bool) -> None:
     """A worker is frozen in a step and replaced; then it wakes and commits what it had done, if it is let."""
@@ -96,11 +117,11 @@ async def test_the_audit_notices_a_broken_fence(database18: Database, fenced: bo
 def test_workloads_hold_every_kind_of_node() -> None:
     kinds: dict[str, int] = {}
     for seed in range(100):
-        tree = Workload(random.Random(seed)).workflow()
+        tree = Workload(random.Random(seed), schedules=True).workflow()
         for node in nodes(tree):
             kinds[node["type"]] = kinds.get(node["type"], 0) + 1
         want = expected(tree, {})
         assert want.required
         assert not want.required & want.optional
         assert all(payloads == [str(n) for n in range(1, len(payloads) + 1)] for payloads in signals_of(tree).values())
-    assert set(kinds) == {"SQL", "THEN", "IF", "JOIN", "RACE", "LOOP", "BREAK", "SLEEP", "SIGNAL"}
+    assert set(kinds) == {"SQL", "THEN", "IF", "JOIN", "RACE", "LOOP", "BREAK", "SLEEP", "SIGNAL", "HTTP", "WAIT_SCHEDULE"}

@@ -6,6 +6,7 @@ it. The table has no constraint: a step that takes effect twice leaves two rows.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,15 +28,18 @@ class Expected:
     required: set[str] = field(default_factory=set)
     optional: set[str] = field(default_factory=set)
     payloads: dict[str, str] = field(default_factory=dict)
+    calls: set[str] = field(default_factory=set)  #: HTTP calls that must have arrived, once or more
     failed: bool = False
     unknown_race: bool = False
 
 
 class Workload:
-    """Makes random workflows."""
+    """Makes random workflows. `endpoint`: the URL of a server that counts calls; `schedules`: they may wait a minute."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, *, endpoint: str = "http://127.0.0.1:1", schedules: bool = False) -> None:
         self.rng = rng
+        self.endpoint = endpoint
+        self.schedules = schedules
         self.places = 0
 
     def workflow(self) -> Tree:
@@ -56,9 +60,18 @@ class Workload:
             query += f" FROM (SELECT pg_catalog.pg_sleep({pause})) AS pause"
         return sql(query) | {"place": place, "loops": list(loops)}
 
+    def _call(self, loops: list[str]) -> Tree:
+        """A call that says in a header where in the workflow it belongs."""
+        place = f"h{self._number()}"
+        header = "{sys_instance_id} " + ":".join([place, *(f"${name}.n" for name in loops)])
+        config = {"url": f"{self.endpoint}/latency", "method": "POST", "body": None, "headers": {"X-Place": header}, "timeout_seconds": 300}
+        return {"type": "HTTP", "query": json.dumps(config), "place": place, "loops": list(loops)}
+
     def _tree(self, depth: int, loops: list[str], *, racing: bool = False) -> Tree:
         rng = self.rng
-        kinds = ["effect", "effect", "sleep"]
+        kinds = ["effect", "effect", "sleep", "http"]
+        if self.schedules and not loops and rng.random() < 0.3:
+            kinds.append("schedule")
         if depth:
             kinds += ["then", "then", "if", "rows", "join", "race", "failing"]
         if depth and len(loops) < 2:
@@ -70,6 +83,10 @@ class Workload:
                 return self._effect(loops)
             case "sleep":
                 return seq(sleep(rng.choice([0, 1]) if loops else rng.choice([0, 1, 1, 2])), self._effect(loops))
+            case "http":
+                return seq(self._call(loops), self._effect(loops))
+            case "schedule":
+                return seq({"type": "WAIT_SCHEDULE", "query": '{"cron_expr":"* * * * *"}'}, self._effect(loops))
             case "then":
                 return seq(*[self._tree(depth - 1, loops, racing=racing) for _ in range(rng.randint(2, 3))])
             case "if":
@@ -156,6 +173,10 @@ def expected(tree: Tree, winners: Winners) -> Expected:
                     if "signal" in node:
                         taken[node["signal"]] = taken.get(node["signal"], 0) + 1
                         found.payloads[key] = str(taken[node["signal"]])
+                return "done"
+            case "HTTP":
+                if sure:
+                    found.calls.add(":".join([node["place"], *(str(rounds[name]) for name in node["loops"])]))
                 return "done"
             case "THEN":
                 outcome = walk(node["left"], execution, rounds, sure=sure)
