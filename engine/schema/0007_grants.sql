@@ -91,7 +91,8 @@ BEGIN
     END IF;
 END $$;
 
--- The reverse. True if there was one.
+-- The reverse, unless the role may still use df (somebody else granted it), or has workflows that have not ended: these go on
+-- (SURFACE 1.8). True if it was forgotten.
 CREATE FUNCTION duroxide.forget_executor(p_role oid) RETURNS boolean
 LANGUAGE plpgsql STRICT SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
@@ -99,6 +100,13 @@ AS $$
 DECLARE
     v_executor regrole;
 BEGIN
+    IF has_schema_privilege(p_role, 'df', 'USAGE') THEN
+        RETURN false;
+    ELSIF EXISTS (SELECT FROM duroxide.instances i WHERE i.submitted_by = p_role AND i.status IN ('pending', 'running')) THEN
+        RAISE NOTICE 'executor login dfx_% is kept: workflows of role % have not ended', p_role, p_role::regrole
+            USING HINT = 'Revoke again once they have.';
+        RETURN false;
+    END IF;
     DELETE FROM duroxide.executors e WHERE e.role = p_role RETURNING e.executor INTO v_executor;
     IF NOT FOUND OR NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = v_executor) THEN
         RETURN false;
@@ -185,14 +193,6 @@ BEGIN
                 USING ERRCODE = '42704', HINT = 'Role names are matched exactly, case included; public (lower case) means everybody.';
         END IF;
     END IF;
-    IF v_role IS NOT NULL AND has_function_privilege('duroxide.forget_executor(oid)', 'EXECUTE')
-        AND duroxide.forget_executor(v_role) THEN
-        BEGIN
-            EXECUTE format('DROP ROLE %I', 'dfx_' || v_role);
-        EXCEPTION WHEN insufficient_privilege OR dependent_objects_still_exist THEN
-            RAISE NOTICE 'executor login dfx_% is left in place: %', v_role, SQLERRM;
-        END;
-    END IF;
     FOR v_grant IN SELECT g.privilege, g.object FROM duroxide.usage_grants(true, true) g LOOP
         BEGIN
             EXECUTE format('REVOKE %s ON %s FROM %I CASCADE', v_grant.privilege, v_grant.object, p_role);
@@ -202,6 +202,14 @@ BEGIN
             END IF;
         END;
     END LOOP;
+    IF v_role IS NOT NULL AND has_function_privilege('duroxide.forget_executor(oid)', 'EXECUTE')
+        AND duroxide.forget_executor(v_role) THEN
+        BEGIN
+            EXECUTE format('DROP ROLE %I', 'dfx_' || v_role);
+        EXCEPTION WHEN insufficient_privilege OR dependent_objects_still_exist THEN
+            RAISE NOTICE 'executor login dfx_% is left in place: %', v_role, SQLERRM;
+        END;
+    END IF;
     RAISE NOTICE 'pg_durable: revoked df usage privileges granted by "%" from "%"', current_user, p_role;
 END $$;
 

@@ -213,3 +213,24 @@ def test_role_names_that_need_quotes(through: Through) -> None:
             assert c.execute("SELECT count(*) FROM df.list_instances()").fetchone() == (3,)
         with through.connect() as owner:
             assert owner.execute("SELECT count(*) FROM df.list_instances()").fetchone() == (3,)
+
+
+def test_workflows_of_a_role_go_on_though_its_rights_were_revoked(through18: Through) -> None:
+    name = f"leaver_{through18.database.name}"
+    with psycopg.connect(through18.database.superuser_dsn, autocommit=True) as admin, through18.connect() as owner:
+        admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
+        admin.execute("SELECT df.grant_usage(%s)", (name,))
+        with psycopg.connect(through18.proxy.dsn(name, through18.database.name), autocommit=True) as c:
+            row = c.execute("SELECT df.start(df.wait_for_signal('go') ~> 'SELECT current_user::text AS who')").fetchone()
+            assert row is not None
+            admin.execute("SELECT df.revoke_usage(%s)", (name,))
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                c.execute("SELECT df.status(%s)", row)
+        owner.execute("SELECT df.signal(%s, 'go')", row)
+        owner.execute("SELECT df.await_instance(%s, 60)", row)
+        output = owner.execute("SELECT output FROM df.instances WHERE id = %s", row).fetchone()
+        assert output is not None
+        assert json.loads(output[0])["rows"] == [{"who": name}]
+        admin.execute("SELECT df.revoke_usage(%s)", (name,))
+        assert admin.execute("SELECT count(*) FROM duroxide.executors WHERE role = %s::regrole", (name,)).fetchone() == (0,)
+        admin.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(name)))

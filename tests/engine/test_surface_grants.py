@@ -226,9 +226,15 @@ def test_grant_and_revoke_messages_and_effects(roles: Roles) -> None:
         assert "HTTP" in value(c, "SELECT df.http('http://x')")
         assert "HTTP_MULTIPART" in value(c, "SELECT df.http_multipart('http://x', parts => '[{}]')")
         c.execute("SELECT df.start('SELECT 1')")
+    me, executor = roles.surface.owner, roles.executor(app)
+    said = ("NOTICE", f'pg_durable: revoked df usage privileges granted by "{me}" from "{app}"', None)
+    # Its workflow goes on, and so needs its login.
     notices = notices_of(roles.owner, "SELECT df.revoke_usage(%s)", app)
-    me = roles.surface.owner
-    assert notices == [("NOTICE", f'pg_durable: revoked df usage privileges granted by "{me}" from "{app}"', None)]
+    assert notices == [("NOTICE", f"executor login {executor} is kept: workflows of role {app} have not ended", "Revoke again once they have."), said]
+    assert value(roles.root, "SELECT count(*) FROM pg_roles WHERE rolname = %s", executor) == 1
+    roles.owner.execute("SELECT df.cancel(id) FROM df.instances")
+    assert notices_of(roles.owner, "SELECT df.revoke_usage(%s)", app) == [said]
+    assert value(roles.root, "SELECT count(*) FROM pg_roles WHERE rolname = %s", executor) == 0
     with roles.session(app) as c:
         assert refused(c, "SELECT df.http('http://x')").sqlstate == "42501"
         assert refused(c, "SELECT df.start('SELECT 1')").sqlstate == "42501"
@@ -271,6 +277,17 @@ def test_a_delegated_admin(roles: Roles) -> None:
         with roles.session(app) as c:
             assert refused(c, "SELECT df.start('SELECT 1')").sqlstate == "42501"
     roles.owner.execute("SELECT df.revoke_usage(%s)", (admin,))
+
+
+def test_an_admin_who_did_not_grant_takes_nothing_away(roles: Roles) -> None:
+    admin = roles.granted("admin", with_grant=True, options="LOGIN CREATEROLE")
+    app = roles.granted()
+    with roles.session(admin) as a:
+        a.execute("SELECT df.revoke_usage(%s)", (app,))
+    assert value(roles.owner, "SELECT count(*) FROM duroxide.executors WHERE role = %s::regrole", app) == 1
+    assert value(roles.root, "SELECT count(*) FROM pg_roles WHERE rolname = %s", roles.executor(app)) == 1
+    with roles.session(app) as c:
+        assert len(value(c, "SELECT df.start('SELECT 1')")) == 8
 
 
 # Executor logins ---------------------------------------------------------------------------------------------------
