@@ -13,11 +13,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import psycopg
 import pytest
 from psycopg import sql
 
+from tests import command
 from tests.fix_postgres import Database, free_port, running_cluster, versions
 
 NOBODY = "postgresql://me@127.0.0.1:1/d"
@@ -30,19 +32,34 @@ def environment(home: Path, **settings: str) -> dict[str, str]:
 
 def call(home: Path, *arguments: str, timeout: float = 60, **settings: str) -> subprocess.CompletedProcess[str]:
     """Runs the command to its end."""
-    return subprocess.run([sys.executable, "-m", "proxy.cli", *arguments], stdin=subprocess.DEVNULL, capture_output=True,
-                          text=True, env=environment(home, **settings), cwd=home, timeout=timeout, check=False)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = command.start([*arguments], environment(home, **settings), home, out, err)
+        try:
+            status = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(arguments, status, *(_text(f) for f in (out, err)))
+
+
+def _text(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read()
 
 
 class Running:
-    """The command while it runs; what it says is in `said`."""
+    """The command while it runs; what it says is in `said`. `real`: as `python -m proxy.cli`, not forked."""
 
-    def __init__(self, home: Path, *arguments: str, ready: str = "ready on", **settings: str) -> None:
+    def __init__(self, home: Path, *arguments: str, ready: str = "ready on", real: bool = False, **settings: str) -> None:
         self.out, self.err = home / "out", home / "err"
+        self.process: subprocess.Popen[bytes] | command.Command
         with self.out.open("w") as out, self.err.open("w") as err:
-            self.process = subprocess.Popen([sys.executable, "-m", "proxy.cli", *arguments], stdin=subprocess.DEVNULL,
-                                            stdout=out, stderr=err, env=environment(home, **settings), cwd=home,
-                                            start_new_session=True)
+            if real:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-m", "proxy.cli", *arguments], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                    env=environment(home, **settings), cwd=home, start_new_session=True)
+            else:
+                self.process = command.start([*arguments], environment(home, **settings), home, out, err)
         deadline = time.monotonic() + 60
         while ready not in self.err.read_text():
             assert self.process.poll() is None and time.monotonic() < deadline, self.err.read_text()  # noqa: PT018
@@ -67,15 +84,15 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(home: Path, *arguments: str, ready: str = "ready on", **settings: str) -> Iterator[Running]:
-    command = Running(home, *arguments, ready=ready, **settings)
+def running(home: Path, *arguments: str, ready: str = "ready on", real: bool = False, **settings: str) -> Iterator[Running]:
+    it = Running(home, *arguments, ready=ready, real=real, **settings)
     try:
-        yield command
+        yield it
     finally:
-        if command.process.poll() is None:
+        if it.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(command.process.pid, signal.SIGKILL)
-            command.process.wait(10)
+                os.killpg(it.process.pid, signal.SIGKILL)
+            it.process.wait(10)
 
 
 def one_sentence(done: subprocess.CompletedProcess[str], status: int) -> str:
@@ -90,7 +107,10 @@ def one_sentence(done: subprocess.CompletedProcess[str], status: int) -> str:
 
 
 def test_version_and_help(tmp_path: Path) -> None:
-    assert call(tmp_path, "--version").stdout.startswith("dfproxy 0.")
+    real = subprocess.run([sys.executable, "-m", "proxy.cli", "--version"], capture_output=True, text=True, check=True,
+                          env=environment(tmp_path), cwd=tmp_path)
+    assert real.stdout == call(tmp_path, "--version").stdout
+    assert real.stdout.startswith("dfproxy 0.")
     text = call(tmp_path, "--help").stdout
     assert all(name in text for name in ("serve", "worker", "init", "uninstall", "doctor", "demo"))
 
@@ -104,16 +124,16 @@ def test_a_mistake_in_the_call_is_status_2(tmp_path: Path) -> None:
 
 
 def test_commands_that_need_a_server_say_so(tmp_path: Path) -> None:
-    for command in (["worker"], ["init"], ["doctor"], ["uninstall", "--yes"]):
-        assert "no server named: give --upstream" in one_sentence(call(tmp_path, *command), 1)
+    for words in (["worker"], ["init"], ["doctor"], ["uninstall", "--yes"]):
+        assert "no server named: give --upstream" in one_sentence(call(tmp_path, *words), 1)
 
 
 # -- faults that a user can mend ---------------------------------------------------------------------------
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:
-    for command in ("serve", "worker", "init", "doctor"):
-        said = one_sentence(call(tmp_path, command, DFPROXY_UPSTREAM=NOBODY), 1)
+    for name in ("serve", "worker", "init", "doctor"):
+        said = one_sentence(call(tmp_path, name, DFPROXY_UPSTREAM=NOBODY), 1)
         assert "can't reach PostgreSQL at me@127.0.0.1:1/d: Connection refused" in said
 
 
@@ -203,7 +223,7 @@ def test_no_password_in_arguments_or_logs(tmp_path: Path) -> None:
             s.execute("CREATE DATABASE mine OWNER me")
         uri = f"postgresql://me:{secret}@127.0.0.1:{c.port}/mine"
         with running(tmp_path, "serve", "--listen", "127.0.0.1:0", "--processes", "2", "--log-level", "debug",
-                     DFPROXY_UPSTREAM=uri) as it:
+                     real=True, DFPROXY_UPSTREAM=uri) as it:
             family = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
             assert "proxy.supervisor" in family
             assert secret not in family

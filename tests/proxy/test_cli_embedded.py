@@ -46,7 +46,7 @@ def run_workflow(uri: str, count: int) -> None:
 
 
 def test_a_newcomer_with_an_empty_home_and_crashes_later(home: Path) -> None:
-    with running(home, "serve", "--listen", "127.0.0.1:0") as it:
+    with running(home, "serve", "--listen", "127.0.0.1:0", real=True) as it:
         with psycopg.connect(it.uri, autocommit=True) as c:
             c.execute(TABLE)
             c.execute("CREATE EXTENSION IF NOT EXISTS vector")
