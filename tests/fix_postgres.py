@@ -36,6 +36,31 @@ def versions() -> list[int]:
     return [v for v in found if wanted is None or str(v) in wanted.split(",")]
 
 
+def edges() -> list[int]:
+    """The newest and the oldest of them, for tests in which what lies between can't matter: the protocol's.
+
+    All that DFPROXY_TEST_VERSIONS names, where it is set.
+    """
+    found = versions()
+    return found if "DFPROXY_TEST_VERSIONS" in os.environ else list(dict.fromkeys([found[0], found[-1]]))
+
+
+#: Folders whose tests run on the `edges`.
+_PROTOCOL = ("proxy", "differential", "drivers")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out, in the folders of the protocol's tests, the versions in the middle."""
+    wanted = edges()
+    folders = tuple(config.rootpath / "tests" / name for name in _PROTOCOL)
+
+    def needed(item: pytest.Item) -> bool:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        return parameters.get("pg_version", wanted[0]) in wanted or item.path.parent not in folders
+
+    items[:] = [item for item in items if needed(item)]
+
+
 def binaries(version: int) -> Path:
     return DEBIAN_15 if version == 15 else bin_dir(version)
 

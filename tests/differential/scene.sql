@@ -68,3 +68,9 @@ CREATE OPERATOR |=> (LEFTARG = text, RIGHTARG = text, FUNCTION = textcat);
 CREATE FUNCTION text_prefix(text) RETURNS text LANGUAGE sql IMMUTABLE AS $$ SELECT '<' || $1 || '>' $$;
 CREATE OPERATOR @> (RIGHTARG = text, FUNCTION = text_prefix);
 CREATE OPERATOR ~> (RIGHTARG = int, FUNCTION = int_prefix);
+-- Plans must not change between two runs.
+ALTER TABLE documents SET (autovacuum_enabled = off);
+ALTER TABLE kinds SET (autovacuum_enabled = off);
+ALTER TABLE parents SET (autovacuum_enabled = off);
+ALTER TABLE children SET (autovacuum_enabled = off);
+ANALYZE documents, kinds, parents, children;

@@ -1,4 +1,4 @@
-"""Every driver's tests run twice on each version: directly, and through the proxy."""
+"""Every driver's tests run twice, on the newest and the oldest version: directly, and through the proxy."""
 
 from __future__ import annotations
 

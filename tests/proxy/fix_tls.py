@@ -14,7 +14,7 @@ from psycopg import sql
 from proxy.embedded import Cluster
 from proxy.tls import ServerTlsFiles
 from tests.fix_certificates import Authority, Pair, postgres_owner
-from tests.fix_postgres import running_cluster, versions
+from tests.fix_postgres import edges, running_cluster, versions
 from tests.proxy.proxies import RunningProxy, running_proxy
 
 #: The only one among the servers of the tests whose binaries were built with OpenSSL: Debian's.
@@ -59,9 +59,9 @@ def tls_cluster(authority: Authority) -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.fixture(scope="session", params=[v for v in versions() if v != TLS_VERSION], ids=lambda v: f"pg{v}")
+@pytest.fixture(scope="session", params=[v for v in edges() if v != TLS_VERSION], ids=lambda v: f"pg{v}")
 def plain_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    """A server without TLS, of each other version."""
+    """A server without TLS."""
     with running_cluster(request.param, hba=[line for line in HBA if not line.startswith("hostssl")]) as cluster:
         add_logins(cluster)
         yield cluster

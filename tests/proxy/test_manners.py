@@ -133,10 +133,14 @@ def test_drain_ends_a_busy_client_between_transactions(database18: Database) -> 
 
 
 class Load:
-    """Clients that connect, do a transaction and leave, again and again, until `over`; what went wrong is in `failures`."""
+    """Clients that connect, do a transaction and leave, again and again, until `over`; what went wrong is in `failures`.
+
+    `lost` are those that the kernel reset because they were on their way to a socket when it was closed: the one gap that there
+    is (docs/operations.md), of microseconds, which a machine under load can hit.
+    """
 
     def __init__(self, dsn: str, clients: int = 4) -> None:
-        self.done = 0
+        self.done = self.lost = 0
         self.failures: list[str] = []
         self._dsn = dsn
         self._over = threading.Event()
@@ -149,6 +153,9 @@ class Load:
                     assert c.execute("SELECT %s::int + 1", (self.done,), prepare=True).fetchone() is not None
                 self.done += 1
             except (psycopg.Error, AssertionError) as e:
+                if "connection failed: " in str(e) and "closed the connection unexpectedly" in str(e):
+                    self.lost += 1
+                    continue
                 self.failures.append(f"{type(e).__name__}: {e}")
 
     def __enter__(self) -> Load:
@@ -190,6 +197,7 @@ def test_a_second_proxy_takes_over(database18: Database, tmp_path: Path) -> None
                     proxy = following
                 load.go_on()
             assert load.failures == []
+            assert load.lost <= (4 if kind == "tcp" else 0)  # one for each end
 
 
 def test_a_port_is_not_shared_by_accident(database18: Database, proxied18: RunningProxy) -> None:

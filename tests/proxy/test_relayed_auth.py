@@ -10,14 +10,14 @@ import psycopg
 import pytest
 
 from proxy.embedded import Cluster
-from tests.fix_postgres import running_cluster, versions
+from tests.fix_postgres import edges, running_cluster
 from tests.proxy.proxies import RunningProxy, running_proxy
 from tests.proxy.test_wire_auth import HBA, METHODS, PASSWORD
 
 ROLES = [method.partition("-")[0] for method in METHODS]
 
 
-@pytest.fixture(scope="module", params=versions(), ids=lambda v: f"pg{v}")
+@pytest.fixture(scope="module", params=edges(), ids=lambda v: f"pg{v}")
 def guarded(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     with running_cluster(request.param, hba=HBA) as cluster:
         with psycopg.connect(cluster.dsn(), autocommit=True) as c:
