@@ -241,6 +241,7 @@ class _Fragment:
         self._position = position  # offset in this text -> 1-based position in the client's
         self._outermost = sql if outermost is None else outermost
         self._edits: list[Edit] = []
+        self._literals: dict[int, Literal | None] = {}  # by token
         self._claimed = claimed
         self._scanner = Scanner(tokens, self, plpgsql=plpgsql, claimed=claimed)
         self.sorted: list[Edit] = []  # of a fragment within another
@@ -304,7 +305,10 @@ class _Fragment:
         return reading.excerpt(self._sql[self._starts[first] : self._ends[last]])
 
     def _literal(self, token: int) -> Literal | None:
-        return literal(self._tokens.text(token), standard_conforming_strings=self._tokens.conforming)
+        if token not in self._literals:
+            self._literals[token] = literal(
+                self._tokens.text(token), standard_conforming_strings=self._tokens.conforming)
+        return self._literals[token]
 
     # Listener
 

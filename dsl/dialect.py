@@ -211,6 +211,8 @@ class Literal:
 _ESCAPED_PART = re.compile(_ESCAPED, re.DOTALL)
 _PLAIN_PART = re.compile(_PLAIN, re.DOTALL)
 _TAG_AT = re.compile(_TAG)
+_QUOTE = re.compile("'")
+_QUOTE_OR_BACKSLASH = re.compile(r"['\\]")
 _BACKSLASH = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{1,2})|([0-7]{1,3})|(.))", re.DOTALL)
 _CONTROL = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 
@@ -229,7 +231,7 @@ def literal(source: str, *, standard_conforming_strings: bool = True) -> Literal
     start = 0 if source[0] == "'" else 1
     if "\\" not in source and source.find("'", start + 1) == len(source) - 1:
         return Literal(source[start + 1 : -1], start + 1, None, escaped, None)
-    pattern = _ESCAPED_PART if escaped else _PLAIN_PART
+    pattern, marks = (_ESCAPED_PART, _QUOTE_OR_BACKSLASH) if escaped else (_PLAIN_PART, _QUOTE)
     characters: list[str] = []
     origin: array[int] = array("L")
     position = start
@@ -247,10 +249,15 @@ def literal(source: str, *, standard_conforming_strings: bool = True) -> Literal
         position += 1
         close = part.end() - 1
         while position < close:
-            character, width = source[position], 1
-            if character == "'":
-                width = 2
-            elif escaped and character == "\\":
+            special = marks.search(source, position, close)
+            end = special.start() if special is not None else close
+            if end > position:  # a run of characters that mean themselves
+                characters.append(source[position:end])
+                origin.extend(range(position, end))
+                position = end
+                continue
+            character, width = "'", 2
+            if source[position] == "\\":
                 decoded = _unescape(source, position)
                 if decoded is None:
                     return None
