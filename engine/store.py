@@ -86,6 +86,7 @@ class Poll:
     inbox: list[InboxEntry]
     next_due: datetime | None
     overdue: bool = False
+    alive: bool = True  #: as `Store.heartbeat` gives it, where the poll was one as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,7 @@ _SOON = "set_config('lock_timeout', '1000', true)"
 
 POLL = f"""
 SELECT {_SOON},
+       CASE WHEN $4::bool THEN duroxide.heartbeat($1::text::uuid) END,
        (SELECT jsonb_agg(jsonb_build_array(c.instance_id, c.token, c.fresh, c.crashes))
           FROM duroxide.claim($1::text::uuid, $2) c)::text,
        (SELECT jsonb_agg(jsonb_build_array(s.instance_id, s.seq, s.kind, s.name, s.data) ORDER BY s.seq)
@@ -406,20 +408,22 @@ class Store:
         """An inbox entry has been taken in by the instance that holds it; the next poll will say so."""
         self._handled.add(seq)
 
-    async def poll(self, limit: int) -> Poll:
-        """Claims up to `limit` due instances and reads the inbox of those held, in one round trip."""
+    async def poll(self, limit: int, *, beat: bool = False) -> Poll:
+        """Claims up to `limit` due instances and reads the inbox of those held, in one round trip. `beat`: renews the
+        lease with it.
+        """
         c = self._poll = await self._own(self._poll)
         sent = time.monotonic()
         handled = list(self._handled)
         async with self._whole(c):
-            row = await c.fetchrow(POLL, self.worker_id, limit, "{" + ",".join(map(str, handled)) + "}")
+            row = await c.fetchrow(POLL, self.worker_id, limit, "{" + ",".join(map(str, handled)) + "}", beat)
         assert row is not None
         self._handled.difference_update(handled)
-        _, claimed, inbox, next_due, overdue, now = row
+        _, alive, claimed, inbox, next_due, overdue, now = row
         self._contact(sent, now)
         claims = [Claim(*item) for item in json.loads(claimed)] if claimed else []
         due = None if next_due is None else datetime.fromtimestamp(min(next_due, 253402300799.0), UTC)
-        return Poll(claims, _inbox(inbox), due, overdue=bool(overdue))
+        return Poll(claims, _inbox(inbox), due, overdue=bool(overdue), alive=alive is not False)
 
     def _contact(self, sent: float, database: float) -> None:
         self.last_contact = time.monotonic()

@@ -64,6 +64,7 @@ class Worker:
         self._deadline = 0.0
         self._ended = asyncio.Event()
         self._started = False
+        self._renewed = 0.0  # loop time
         self._crowded = False  # others are due, and there is no room for them
         self._pressed = False  # the last poll claimed nothing, since too many steps wait for a connection
         self._former: str | None = None  # who this worker was in its last life
@@ -123,6 +124,7 @@ class Worker:
         registered = False
         try:
             await store.open()
+            self._renewed = asyncio.get_running_loop().time()  # when the request left that the database granted
             await store.register(self._former)
             self._former = store.worker_id
             registered = True
@@ -177,13 +179,15 @@ class Worker:
         """Renews the lease. Raises _GivenUpError as soon as it can no longer be sure of it: everything stops then."""
         interval = self.settings.lease / 3
         loop = asyncio.get_running_loop()
-        renewed = loop.time()  # when the request left that the database granted
         while True:
+            if (early := self._renewed + interval - loop.time()) > 0:
+                await asyncio.sleep(early)
+                continue  # a poll may have renewed it meanwhile
             sent = loop.time()
-            if sent > renewed + self.settings.lease * SURE:
+            if sent > self._renewed + self.settings.lease * SURE:
                 raise _GivenUpError
             try:
-                async with asyncio.timeout_at(renewed + self.settings.lease * SURE):
+                async with asyncio.timeout_at(self._renewed + self.settings.lease * SURE):
                     alive = await store.heartbeat()
             except Exception as e:
                 if not is_infrastructure(e):
@@ -191,11 +195,14 @@ class Worker:
                 log.warning("heartbeat failed", reason=str(e) or type(e).__name__)
                 await asyncio.sleep(min(1.0, interval / 3))
                 continue
-            if not alive:
-                raise _GivenUpError
-            renewed = sent
-            runner.pool.close_idle(self.settings.idle_connection)
-            await asyncio.sleep(interval)
+            self._alive(alive, sent, runner)
+
+    def _alive(self, alive: bool, sent: float, runner: Runner) -> None:
+        """A heartbeat that left at `sent` was answered. Raises _GivenUpError where it came too late."""
+        if not alive:
+            raise _GivenUpError
+        self._renewed = max(self._renewed, sent)
+        runner.pool.close_idle(self.settings.idle_connection)
 
     # -- finding work ------------------------------------------------------------------------------------------
 
@@ -212,8 +219,13 @@ class Worker:
             self._pressed = slots.waiting >= slots.crowd
             limit = 0 if self._stopping or self._pressed else \
                 max(0, min(settings.claim_batch, settings.max_instances - len(self._held)))
+            # While there is nothing else to do a heartbeat costs no query of its own.
+            sent = asyncio.get_running_loop().time()
+            beat = not self._held and sent > self._renewed + settings.lease / 4
             try:
-                found = await store.poll(limit)
+                found = await store.poll(limit, beat=beat)
+                if beat:
+                    self._alive(found.alive, sent, shared.runner)
                 claims = self._enter(found.claims, shared)
                 for entry in found.inbox:
                     if (instance := self._held.get(entry.instance_id)) is not None:

@@ -251,3 +251,22 @@ def test_life_and_death() -> None:
     assert is_dead(f"host:1 {Life(mine.place, mine.pid, '1')}")
     assert not is_dead(f"host:1 {Life('another machine', mine.pid, '1')}")
     assert not is_dead("host:1")
+
+
+async def test_a_poll_can_be_a_heartbeat_too(database18: Database) -> None:
+    await install(database18)
+    store = Store(settings(database18))
+    await store.open()
+    await store.register()
+    with Client(database18) as c:
+        age = "SELECT clock_timestamp() - heartbeat_at > interval '1 hour' FROM duroxide.workers"
+        c.execute("UPDATE duroxide.workers SET heartbeat_at = heartbeat_at - interval '2 hours'")
+        assert (await store.poll(10)).alive
+        assert c.one(age) is True
+        assert (await store.poll(10, beat=True)).alive
+        assert c.one(age) is False
+        c.execute("DELETE FROM duroxide.workers")
+        c.start(sql("SELECT 1"))
+        found = await store.poll(10, beat=True)
+        assert (found.alive, found.claims) == (False, [])
+    await store.close()
