@@ -180,11 +180,14 @@ def test_what_the_new_transaction_refuses_the_caller_hears(served18: Through) ->
 
 def test_a_role_without_a_login_of_its_steps_hears_what_to_do(served: Through) -> None:
     name = f"{served.database.name}_bare"
-    with psycopg.connect(served.database.superuser_dsn, autocommit=True) as c:
-        c.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
-        c.execute("SELECT df.grant_usage('public')")
-    with connect(served, name) as c, pytest.raises(psycopg.Error, match="has no executor login") as caught:
-        c.execute("SELECT df.start('SELECT 1', transaction_mode => 'new')")
+    with psycopg.connect(served.database.superuser_dsn, autocommit=True) as admin:
+        admin.execute(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
+        admin.execute("SELECT df.grant_usage('public')")
+        try:
+            with connect(served, name) as c, pytest.raises(psycopg.Error, match="has no executor login") as caught:
+                c.execute("SELECT df.start('SELECT 1', transaction_mode => 'new')")
+        finally:
+            admin.execute("SELECT df.revoke_usage('public')")  # the proxy and its database are other tests' too
     assert "df.grant_usage" in (caught.value.diag.message_hint or "")
 
 
