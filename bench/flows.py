@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import psycopg
 
@@ -56,11 +57,12 @@ def step_script(stage: Stage) -> str:
     return str(path)
 
 
-def rate(stage: Stage, count: int, database: str = DATABASE) -> float:
-    """Starts so many workflows and returns how many steps a second they ran at."""
+def rate(stage: Stage, count: int, database: str = DATABASE, began: Callable[[], None] = lambda: None) -> float:
+    """Starts so many workflows and returns how many steps a second they ran at; calls `began` when all are started."""
     with psycopg.connect(stage.uri(database=database), autocommit=True) as c, stage.admin(database) as admin:
         since = (c.execute("SELECT quote_literal(clock_timestamp())").fetchone() or ("",))[0]
         c.execute(START.format(count=count))
+        began()
         while admin.execute(LEFT.format(since=since)).fetchone() != (0,):
             time.sleep(0.05)
         took = admin.execute(TOOK.format(since=since, count=count)).fetchone()

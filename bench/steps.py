@@ -38,10 +38,14 @@ def run(stage: Stage) -> Iterator[Row]:
             programs: list[Program] = [stack.enter_context(_worker(stage, AT_A_TIME // workers))
                                        for _ in range(workers)]
             flows.rate(stage, 50)  # sessions are opened, caches filled
-            before, server = sum(p.cpu() for p in programs), stage.server_cpu()
-            rate = flows.rate(stage, WORKFLOWS)
-            return (rate, (sum(p.cpu() for p in programs) - before) / WORKFLOWS / 3 * 1e6,
-                    (stage.server_cpu() - server) / WORKFLOWS / 3 * 1e6)
+            spent: list[float] = []
+
+            def look() -> None:
+                spent.extend((sum(p.cpu() for p in programs), stage.server_cpu()))
+
+            rate = flows.rate(stage, WORKFLOWS, began=look)
+            look()
+            return rate, (spent[2] - spent[0]) / WORKFLOWS / 3 * 1e6, (spent[3] - spent[1]) / WORKFLOWS / 3 * 1e6
 
     one, two, bench = interleaved(REPEATS, [lambda: ours(1), lambda: ours(2), pgbench])
     tps = [r.tps for r in bench]  # type: ignore[attr-defined]
