@@ -29,6 +29,7 @@ from proxy.wire.tls_options import TlsConfigError, for_asyncpg
 log = structlog.get_logger("dfproxy.engine")
 
 LEASE_LOST = "DF001"
+_POOLED = "DF004"
 #: asyncpg's errors and the system's, where the database or the way to it is at fault and a later try may succeed.
 _INFRASTRUCTURE_CLASSES = ("08", "53", "57P", "58")
 _INFRASTRUCTURE_STATES = frozenset({"40001", "40P01", "55P03", "25006", "57014", "25P03"})
@@ -303,23 +304,30 @@ class Store:
 
     async def open(self) -> None:
         """Connects. Raises what asyncpg raises."""
-        if not self.pooled and self._cache_size:
-            self.pooled = await self._behind_pooler()
-        self._pool = await asyncpg.create_pool(
+        self._pool = await self._make_pool()
+        if not self.pooled and self._cache_size and await self._behind_pooler():
+            log.info("a connection pooler is in between: transactions are all that is relied upon")
+            self.pooled = True
+            self._pool.terminate()
+            self._pool = await self._make_pool()
+
+    async def _make_pool(self) -> asyncpg.Pool[Any]:
+        return await asyncpg.create_pool(
             **self._options(), min_size=1, max_size=max(1, self.settings.max_control_connections - 2),
             command_timeout=60.0, reset=_no_reset)
 
     async def _behind_pooler(self) -> bool:
         """Whether somebody answers in the server's place: poolers give their clients keys of their own."""
-        c = await asyncpg.connect(**self._options() | {"statement_cache_size": 0})
-        try:
-            async with c.transaction():
-                pooled: bool = c.get_server_pid() != await c.fetchval("SELECT pg_catalog.pg_backend_pid()")
-        finally:
-            await c.close(timeout=2)
-        if pooled:
-            log.info("a connection pooler is in between: transactions are all that is relied upon")
-        return pooled
+        async with self._connection() as c:
+            try:
+                # One request, which leaves nothing behind: what is prepared here would be found by others there.
+                await c.execute(f"DO $$ BEGIN IF pg_catalog.pg_backend_pid() <> {c.get_server_pid():d} THEN "
+                                f"RAISE 'a pooler is in between' USING ERRCODE = '{_POOLED}'; END IF; END $$")
+            except asyncpg.PostgresError as e:
+                if e.sqlstate != _POOLED:
+                    raise
+                return True
+        return False
 
     async def close(self) -> None:
         """Drops all connections at once."""

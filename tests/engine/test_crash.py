@@ -19,30 +19,30 @@ async def test_exactly_once_under_kill_9(database18: Database) -> None:
     await install(database18)
     with Client(database18) as c:
         c.execute("CREATE TABLE documents (id int PRIMARY KEY, processed bool DEFAULT false)")
-        c.execute("INSERT INTO documents SELECT generate_series(1, 6000)")
+        c.execute("INSERT INTO documents SELECT generate_series(1, 2000)")
         c.execute("CREATE TABLE log (id int, instance text)")
         batch = seq(
-            sql("SELECT id FROM documents WHERE NOT processed ORDER BY id LIMIT 20", "batch"),
+            sql("SELECT id FROM documents WHERE NOT processed ORDER BY id LIMIT 10", "batch"),
             sql("INSERT INTO log SELECT id, '{sys_instance_id}' FROM $batch.*"),
             sql("UPDATE documents SET processed = true WHERE id IN (SELECT id FROM $batch.*)"))
         instance = c.start(loop(batch, sql("SELECT EXISTS (SELECT FROM documents WHERE NOT processed) AS more")))
         sequences = [c.start(seq(*[sql(f"INSERT INTO log SELECT {-n}, '{{sys_instance_id}}'") for n in range(1, 8)]))
                      for _ in range(20)]
         kills = 0
-        while c.one("SELECT count(*) FROM duroxide.queue") and kills < 8:
+        while c.one("SELECT count(*) FROM duroxide.queue") and kills < 5:
             with worker_process(database18, lease=2.0) as process:
                 before = c.one("SELECT count(*) FROM log")
                 await until(lambda before=before: c.one("SELECT count(*) FROM log") > before
                             or not c.one("SELECT count(*) FROM duroxide.queue"))
-                await asyncio.sleep(random.uniform(0, 0.4))
+                await asyncio.sleep(random.uniform(0, 0.2))
                 process.kill()
             kills += 1
         assert kills >= 3
         async with running_worker(database18):
             outcomes = await ended(c, instance, *sequences)
         assert {s for s, _ in outcomes} == {"completed"}
-        assert c.rows("SELECT count(*) FROM documents WHERE processed") == [(6000,)]
-        assert c.rows("SELECT count(*), count(DISTINCT id) FROM log WHERE id > 0") == [(6000, 6000)]
+        assert c.rows("SELECT count(*) FROM documents WHERE processed") == [(2000,)]
+        assert c.rows("SELECT count(*), count(DISTINCT id) FROM log WHERE id > 0") == [(2000, 2000)]
         assert c.rows("SELECT count(*), count(DISTINCT (id, instance)) FROM log WHERE id < 0") == [(140, 140)]
 
 
