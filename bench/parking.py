@@ -91,8 +91,8 @@ def idle(s: Stage, worker: Program) -> None:
     took = time.monotonic() - began
     rate = (transactions(s) - before) / took
     say("memory of the worker (MB)", f"{worker.memory() / 2**20:.0f}", "below 200")
-    # A heartbeat, which is no poll, every third of the lease; autovacuum's look once a minute.
-    say("transactions a second while idle", f"{rate:.2f}", "1 poll, 0.2 heartbeats")
+    # Heartbeats ride on polls; autovacuum looks in once a minute.
+    say("transactions a second while idle", f"{rate:.2f}", "1, and autovacuum's")
     say("CPU of the worker while idle (% of a core)", f"{(worker.cpu() - cpu) / took * 100:.2f}", "not to be noticed")
     say("CPU of the server while idle (% of a core)", f"{(s.server_cpu() - server) / took * 100:.2f}",
         "not to be noticed")
