@@ -211,6 +211,10 @@ class Run:
         """CPU time of the program in between for one transaction."""
         return self.cpu / self.transactions * 1e6
 
+    def beyond(self, shorter: Run) -> float:
+        """The same for those transactions that a shorter run did not have: without what both have done once."""
+        return (self.cpu - shorter.cpu) / (self.transactions - shorter.transactions) * 1e6
+
 
 def _spent(process: psutil.Process) -> float:
     """Seconds of CPU time of one process. Its clock is exact, what psutil reads comes in hundredths of a second."""
