@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +52,6 @@ def main(wanted: list[str]) -> int:
     if unknown := [name for name in wanted if name not in GROUPS]:
         print(f"no such group: {', '.join(unknown)}; there are: {', '.join(GROUPS)}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # with everything stopped that was started
     began = time.monotonic()
     found: dict[str, list[Row]] = {}
     with stage() as made:

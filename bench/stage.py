@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -245,7 +246,8 @@ def _wait_ready(process: subprocess.Popen[bytes], output: Path, port: int) -> in
 
 @contextlib.contextmanager
 def stage(version: int = 18) -> Iterator[Stage]:
-    """A server with the roles and the database that the benchmarks use."""
+    """A server with the roles and the database that the benchmarks use. SIGTERM, too, stops all that was started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="dfproxy-bench-") as name:
         folder = Path(name)
         folder.chmod(0o755)
