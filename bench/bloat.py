@@ -1,7 +1,8 @@
-"""`python -m bench.bloat [WORKFLOWS [SECONDS]]`: dead rows and sizes after a million workflows, default autovacuum.
+"""`python -m bench.bloat [WORKFLOWS [SECONDS [STEPS]]]`: dead rows and sizes after a million workflows.
 
-Workflows of three UPDATE steps, a thousand under way at any time. A tenth of the number is kept by retention, so that
-the tables stop growing early on: what grows after that is bloat. Stops after SECONDS, and says how many there were.
+Workflows of three UPDATE steps (or of one), a thousand under way at any time, default autovacuum. A tenth of the number
+is kept by retention, so that the tables stop growing early on: what grows after that is bloat. Stops after SECONDS, and
+says how many there were.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ def size(s: Stage) -> dict[str, int]:
     return {str(name): int(str(kilobytes)) for name, kilobytes in rows}
 
 
-def run(s: Stage, count: int, seconds: float) -> None:
+#: Workflows of one step.
+ONE = """
+SELECT count(df.start('UPDATE hits SET n = n + 1 WHERE id = ' || n % 10000 + 1)) FROM generate_series(1, {count}) n"""
+
+
+def run(s: Stage, count: int, seconds: float, steps: int) -> None:
     """Starts workflows as others end, and prints sizes after each tenth."""
     began = time.monotonic()
     started, tenth = 0, count // 10
@@ -47,15 +53,15 @@ def run(s: Stage, count: int, seconds: float) -> None:
             if over and left == 0:
                 break
             if not over and left < UNDER_WAY:
-                c.execute(flows.START.format(count=CHUNK))
+                c.execute((flows.START if steps == 3 else ONE).format(count=CHUNK))
                 started += CHUNK
             else:
                 time.sleep(0.02)
         took = time.monotonic() - began
         effects = admin.execute("SELECT sum(n) FROM hits").fetchone()
         say("workflows", f"{started:,}", f"{count:,}")
-        say("steps a second", f"{3 * started / took:.0f}")
-        say("effects", f"{effects and effects[0]}", f"{3 * started}")
+        say("steps a second", f"{steps * started / took:.0f}")
+        say("effects", f"{effects and effects[0]}", f"{steps * started}")
     table(s)
     if len(sizes) > 4:
         for name in ("instances", "history", "queue"):
@@ -67,11 +73,14 @@ def main() -> None:
     """Runs on a server with its default settings."""
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 86400.0
+    steps = int(sys.argv[3]) if len(sys.argv) > 3 else 3
+    if steps not in (1, 3):
+        raise SystemExit("workflows of 1 step or of 3 steps")
     with stage() as s:
         asyncio.run(migrate(s.uri(SERVICE)))
         flows.prepare(s)
         with s.dfproxy(command="worker", retention_max_instances=max(1000, count // 10), reconcile_interval=5):
-            run(s, count, seconds)
+            run(s, count, seconds, steps)
 
 
 if __name__ == "__main__":
