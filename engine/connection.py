@@ -5,6 +5,11 @@ with the clean-up of the session behind it, in a second one. No statement of a w
 never runs outside the transaction that its BEGIN should have opened. The first write ends with a Sync. The second ends
 with a Query that commits and cleans up, and that the server skips too after an error; it then waits for a Sync, and
 gets one when the error has come.
+
+Where the workflow's next step is known by then, it goes into the second write (`finish` with `then`): behind the
+COMMIT, which then is a message of its own, so that an error before it or in it makes the server skip all up to the Sync
+at the end, and behind the Query that cleans up. That Query is answered at once: that a step is committed is known
+before the next one ends.
 """
 
 from __future__ import annotations
@@ -174,13 +179,14 @@ _LOOK_AT = (
 class _Exchange:
     """What is written up to one ReadyForQuery, and the answers to it."""
 
-    __slots__ = ("ahead", "columns", "committed", "copy", "described", "error", "future", "resync", "rows", "size",
-                 "status", "tag", "tags")
+    __slots__ = ("ahead", "columns", "committed", "copy", "described", "error", "future", "next", "resync", "rows",
+                 "size", "status", "tag", "tags")
 
     def __init__(self, future: asyncio.Future[_Exchange] | None, *, resync: bool = False, ahead: int = 0) -> None:
         self.future = future
-        self.ahead = ahead  # how many statements are in front of _COMMIT_RESET, if that is how it ends
-        self.committed = False  # _COMMIT_RESET's COMMIT has succeeded
+        self.ahead = ahead  # how many statements are in front of the COMMIT, if it has one and a reset behind it
+        self.committed = False  # that COMMIT has succeeded
+        self.next: _Exchange | None = None  # what was sent behind it, and is skipped unless it commits
         self.resync = resync  # a Sync is needed after CopyFail: COPY FROM swallows the one sent
         self.described = False
         self.columns: list[ColumnDescription] | None = None
@@ -219,6 +225,7 @@ class StepConnection(asyncio.Protocol):
             self._modes[type_] = WHOLE
         self._splitter = FrameSplitter(self._modes, max_length=max_bytes + 65536)
         self._role: tuple[str, bytes] = ("", b"")
+        self._begun: _Exchange | None = None
         self._exchanges: deque[_Exchange] = deque()
         self._auth = ClientAuth(target.user, target.password)
         self._started: asyncio.Future[None] = self._loop.create_future()
@@ -331,12 +338,24 @@ class StepConnection(asyncio.Protocol):
         """
         if self._reset_fault is not None:
             raise ConnectionLostError(f"the session could not be reset: {self._reset_fault}")
+        return await self._ran(self._send(self._step(role_sql, sql)))
+
+    async def run_begun(self) -> StepResult:
+        """The result of the step that `finish` has sent as `then`, once. Raises as `begin_and_run` does."""
+        assert self._begun is not None
+        exchange, self._begun = self._begun, None
+        return await self._ran(exchange)
+
+    def _step(self, role_sql: str | None, sql: str) -> list[bytes]:
         role = b""
         if role_sql is not None:
             if self._role[0] != role_sql:
                 self._role = (role_sql, _statement(f"SET LOCAL ROLE {role_sql}"))
             role = self._role[1]
-        exchange = await self._exchange([_BEGIN, self._local, role, build.parse("", sql), _RUN, _CONSTRAINTS, _SYNC])
+        return [_BEGIN, self._local, role, build.parse("", sql), _RUN, _CONSTRAINTS, _SYNC]
+
+    async def _ran(self, exchange: _Exchange) -> StepResult:
+        await self._wait(exchange)
         # Only known now: the answer to the reset came before the answers to this.
         if self._reset_fault is not None:
             raise ConnectionLostError(f"the session could not be reset: {self._reset_fault}")
@@ -346,26 +365,33 @@ class StepConnection(asyncio.Protocol):
                 "a step can't end its transaction: COMMIT, ROLLBACK and PREPARE TRANSACTION are the engine's", "2D000")
         return result
 
-    async def finish(self, arguments: Sequence[str | None]) -> None:
+    async def finish(self, arguments: Sequence[str | None], then: tuple[str | None, str] | None = None) -> None:
         """SET ROLE NONE, duroxide.checkpoint(`arguments` in their text form), COMMIT, and the reset behind it.
 
-        Raises ServerError (rolled back, if `rollback` follows), or ConnectionLostError: then nobody knows.
+        `then`: what `begin_and_run` would be given next; it begins at once, and `run_begun` gives its result. Not for a
+        session through a pooler. Raises ServerError (rolled back, if `rollback` follows; `then` has not begun), or
+        ConnectionLostError: then nobody knows.
         """
         values = [None if a is None else a.encode() for a in arguments]
         tidy = _TIDY if self.pooled else b""
-        await self._commit([_LEAVE_ROLE, tidy, _CHECKPOINT, build.bind("", "", values), _EXECUTE], 2)
+        await self._commit([_LEAVE_ROLE, tidy, _CHECKPOINT, build.bind("", "", values), _EXECUTE], 2, then)
 
     async def commit(self) -> None:
         """COMMIT without a checkpoint, for steps in another database. Raises as `finish` does."""
         await self._commit([_LEAVE_ROLE, _TIDY if self.pooled else b""], 1)
 
-    async def _commit(self, parts: list[bytes], statements: int) -> None:
+    async def _commit(self, parts: list[bytes], statements: int, then: tuple[str | None, str] | None = None) -> None:
         """COMMIT, and the reset behind it, after these parts; so many statements, where the session is not pooled."""
         if self.pooled:
             exchange = await self._exchange([*parts, _COMMIT, _SYNC])
             committed = exchange.error is None and exchange.tags[-1:] == ["COMMIT"]
         else:
-            exchange = self._send([*parts, _COMMIT_RESET], ahead=statements)
+            if then is None:
+                exchange = self._send([*parts, _COMMIT_RESET], ahead=statements)
+            else:
+                following = _Exchange(self._loop.create_future())
+                exchange = self._send([*parts, _COMMIT, _RESET, *self._step(*then)], ahead=statements, then=following)
+                self._begun = following
             await self._wait(exchange)
             committed = exchange.committed
             if committed and (exchange.error is not None or exchange.status != _IDLE):
@@ -489,11 +515,15 @@ class StepConnection(asyncio.Protocol):
             raise StepRefusedError("a step can't change client_encoding", "0A000")
         return StepResult(exchange.columns, exchange.rows, exchange.tag or "")
 
-    def _send(self, parts: list[bytes], *, resync: bool = False, ahead: int = 0) -> _Exchange:
+    def _send(self, parts: list[bytes], *, resync: bool = False, ahead: int = 0,
+              then: _Exchange | None = None) -> _Exchange:
         if self.closed or self._transport is None:
             raise self._lost()
         exchange = _Exchange(self._loop.create_future(), resync=resync, ahead=ahead)
         self._enqueue(exchange)
+        if then is not None:
+            exchange.next = then
+            self._enqueue(then)
         self._transport.write(b"".join(parts))
         return exchange
 
@@ -604,7 +634,7 @@ class StepConnection(asyncio.Protocol):
                 self._last_words = error
             elif exchange is not None and exchange.error is None:
                 exchange.error = error
-                if len(exchange.tags) < exchange.ahead and self._transport is not None:
+                if len(exchange.tags) < exchange.ahead and exchange.next is None and self._transport is not None:
                     self._transport.write(_SYNC)
             return
         if type_ == Backend.PARAMETER_STATUS:
@@ -626,6 +656,8 @@ class StepConnection(asyncio.Protocol):
                 self._receive_row(exchange, payload)
         elif type_ == _READY:
             self._exchanges.popleft()
+            if exchange.next is not None and exchange.error is not None and not exchange.committed:
+                self._exchanges.popleft()  # skipped, up to the Sync that this answers
             if self._exchanges:
                 self._attend(self._exchanges[0])
             self.status = exchange.status = backend.transaction_status(payload)

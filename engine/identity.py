@@ -117,6 +117,11 @@ class Identities:
             self._cache[key] = (time.monotonic() + CACHE, identity)
             return identity
 
+    def known(self, oid: int, database: str | None = None) -> Identity | None:
+        """What `resolve` would give without looking; None: it would look."""
+        known = self._cache.get((oid, database))
+        return known[1] if known is not None and known[0] > time.monotonic() else None
+
     def forget(self, oid: int) -> None:
         """Makes the next `resolve` ask the catalog (the role was renamed, its executor changed)."""
         for key in [k for k in self._cache if k[0] == oid]:

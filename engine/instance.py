@@ -24,12 +24,14 @@ from engine.interpreter import Interpreter
 from engine.model import Changes, Checkpoint, Finish, Key, Step, StepError
 from engine.runner import (
     AWAY,
+    Begun,
     Committed,
     Failed,
     Job,
     Outcome,
     Ready,
     Runner,
+    SessionLease,
     back_off,
     is_transient,
     step_error,
@@ -104,6 +106,7 @@ class HeldInstance:
         self._seen: set[int] = set()
         self._crashes = 0
         self._attempt = 0
+        self._turn = 0.0  # loop time at which it makes room, if others wait
         self._loaded: LoadedInstance
         self._group: asyncio.TaskGroup
 
@@ -215,13 +218,12 @@ class HeldInstance:
         await self._loop(interpreter)
 
     async def _loop(self, interpreter: Interpreter) -> None:
-        turn = asyncio.get_running_loop().time() + TURN
+        self._turn = asyncio.get_running_loop().time() + TURN
         while not interpreter.finished:
             for key in interpreter.take_aborts():
                 self._abort(key)
             stops = self._shared.is_stopping()
-            if not self._tasks and not self._mailbox and (
-                    stops or (self._shared.is_crowded() and asyncio.get_running_loop().time() > turn)):
+            if not self._tasks and not self._mailbox and (stops or self._had_its_turn()):
                 await self._release()
                 return
             if not stops:
@@ -234,6 +236,9 @@ class HeldInstance:
                 return
         for key in interpreter.take_aborts():
             self._abort(key)
+
+    def _had_its_turn(self) -> bool:
+        return self._shared.is_crowded() and asyncio.get_running_loop().time() > self._turn
 
     async def _next_event(self, due: datetime | None) -> Event | None:
         """The next event; None when `due` has come, or somebody poked."""
@@ -283,7 +288,7 @@ class HeldInstance:
             case Ready():
                 changes = interpreter.step_completed(key, outcome.text, outcome.columns, outcome.meta,
                                                      outcome.started_at, now)
-                await self._finish(key, changes, outcome)
+                await self._finish(key, changes, outcome, interpreter)
                 left = False
             case Committed():
                 changes = interpreter.step_completed(key, outcome.text, outcome.columns, outcome.meta,
@@ -327,11 +332,19 @@ class HeldInstance:
         self._shared.leave(self)
         return True
 
-    async def _finish(self, key: Key, changes: Changes, ready: Ready) -> None:
-        """Commits a step with its checkpoint. Raises _ReloadError, LeaseLostError."""
+    async def _finish(self, key: Key, changes: Changes, ready: Ready, interpreter: Interpreter | None = None) -> None:
+        """Commits a step with its checkpoint. What `interpreter` wants to run next begins with it, if it may. Raises
+        _ReloadError, LeaseLostError.
+        """
         lease = ready.lease
+        steps: list[Step] = []
+        begun = None
+        if interpreter is not None and not (self._mailbox or self._shared.is_stopping() or self._had_its_turn()):
+            steps = interpreter.take_steps()
+            begun = self._begin_next(steps, lease)
+        then = None if begun is None else (lease.key[0].role_sql, begun.sql)
         try:
-            await lease.connection.finish(checkpoint_arguments(self.instance_id, self.token, changes, big=key))
+            await lease.connection.finish(checkpoint_arguments(self.instance_id, self.token, changes, big=key), then)
         except ServerError as e:
             await lease.rollback()
             if e.sqlstate == LEASE_LOST:
@@ -339,6 +352,7 @@ class HeldInstance:
             if e.sqlstate == _READ_ONLY:
                 # The step could not change anything either, so its result may be recorded on its own.
                 await self._guard(self._store.checkpoint(self.instance_id, self.token, changes, big=key))
+                self._start_all(steps)
                 return
             if is_transient(e):
                 raise _ReloadError(e.message) from e
@@ -349,7 +363,17 @@ class HeldInstance:
         except BaseException:
             lease.drop()
             raise
-        lease.release()
+        if begun is None:
+            lease.release()
+        self._start_all(steps, begun)
+
+    def _begin_next(self, steps: list[Step], lease: SessionLease) -> Begun | None:
+        """What goes to the server with the commit of the step in `lease`: the first of `steps`, if that may."""
+        if not steps or steps[0].kind is not NodeType.SQL:
+            return None
+        if steps[0].key in self._forced or steps[0].key in self._tasks:
+            return None
+        return self._shared.runner.following(self.instance_id, steps[0], lease)
 
     async def _guard(self, operation: Awaitable[None]) -> None:
         """Awaits a write. Raises _ReloadError where nobody knows whether it happened, LeaseLostError."""
@@ -371,16 +395,25 @@ class HeldInstance:
 
     # -- steps -------------------------------------------------------------------------------------------------
 
-    def _start(self, step: Step) -> None:
+    def _start(self, step: Step, begun: Begun | None = None) -> None:
         key = step.key
         if key in self._tasks:
             return  # it has outlived a reload
         if key in self._forced:
             self._mailbox.append(StepEnded(key, self._forced[key]))
-        else:
-            self._tasks[key] = self._group.create_task(self._run_step(step))
+            return
+        task = self._tasks[key] = self._group.create_task(self._run_step(step, begun))
+        if begun is not None:
+            # A task that is cancelled before it begins never gets to give the session back.
+            task.add_done_callback(lambda _: begun.lease.abandon() if task.cancelled() else None)
 
-    async def _run_step(self, step: Step) -> None:
+    def _start_all(self, steps: list[Step], begun: Begun | None = None) -> None:
+        """Starts what `take_steps` has given; the first has `begun`."""
+        for step in steps:
+            self._start(step, begun)
+            begun = None
+
+    async def _run_step(self, step: Step, begun: Begun | None = None) -> None:
         attempts = step.attempts
         if attempts:
             log.warning("step runs again: what became of it before is not known", instance=self.instance_id,
@@ -401,7 +434,7 @@ class HeldInstance:
             if step.kind is not NodeType.SQL:
                 outcome = await self._shared.http.run(job)
             else:
-                outcome = await self._shared.runner.run(job)
+                outcome = await self._shared.runner.run(job, begun)
                 if isinstance(outcome, Ready | Committed) and is_http_select(step.text) \
                         and (request := future_of(outcome.text)) is not None:
                     # The statement has said what to ask for. That commits with it: every attempt asks for the same.

@@ -50,6 +50,8 @@ _POOLER_REFUSES = ("no such ", "unsupported startup parameter")
 _BAD_LOGIN = frozenset({"28P01", "28000"})
 #: Longest pause in seconds before the next try to reach a server that is away.
 AWAY = 1.0
+#: Seconds that a workflow may keep its session from step to step while other steps wait for a place.
+SHARE = 0.05
 #: Encoding more than this many bytes happens in a thread.
 _THREAD_BYTES = 256 * 1024
 
@@ -112,15 +114,24 @@ class Job:
     record_started: Callable[[datetime], Awaitable[None]]
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A step that went to the server with the commit of the one before it, in that one's session."""
+
+    lease: SessionLease
+    sql: str
+
+
 class SessionLease:
     """A session in use, with its slot in the budget. Ends with `release`, once."""
 
-    __slots__ = ("_pool", "connection", "key")
+    __slots__ = ("_pool", "connection", "key", "since")
 
     def __init__(self, pool: SessionPool, key: PoolKey, connection: StepConnection) -> None:
         self._pool: SessionPool | None = pool
         self.key = key
         self.connection = connection
+        self.since = asyncio.get_running_loop().time()
 
     def release(self) -> None:
         """Gives session and slot back; a session that can't be used again is dropped. No effect the second time."""
@@ -141,6 +152,11 @@ class SessionLease:
         """Closes the session hard (the server rolls back) and frees the slot."""
         self.connection.abort()
         self.release()
+
+    def abandon(self) -> None:
+        """Drops it if nobody has ended it."""
+        if self._pool is not None:
+            self.drop()
 
 
 PoolKey = tuple[Identity, str | None]
@@ -289,10 +305,28 @@ class Runner:
         self.pool = SessionPool(settings, identities, pooled=store.pooled)
         self._catalogs: dict[str, tuple[float, TypeCatalog]] = {}
 
-    async def run(self, job: Job) -> Outcome:
-        """Runs a step to an outcome. Raises only LeaseLostError (from `record_started`), CancelledError, and bugs."""
+    def following(self, instance_id: str, step: Step, lease: SessionLease) -> Begun | None:
+        """A SQL step as what may begin with the commit of the one in `lease`, which is of the same workflow; None: it
+        must take its own way.
+
+        A session is kept from step to step for `SHARE` seconds, then only while no other step waits for its place.
+        """
+        identity, database = lease.key
+        if lease.connection.pooled or database is not None or step.attempts:
+            return None
+        if self.pool.slots.waiting and asyncio.get_running_loop().time() - lease.since > SHARE:
+            return None
+        if self._identities.known(identity.oid) is not identity:
+            return None  # it is time to ask again who that is
+        sql = self._compile(step, instance_id)
+        return None if _unfit(sql) else Begun(lease, sql)
+
+    async def run(self, job: Job, begun: Begun | None = None) -> Outcome:
+        """Runs a step to an outcome; `begun`: its first attempt is under way. Raises only LeaseLostError (from
+        `record_started`), CancelledError, and bugs.
+        """
         started = self._store.clock.now()
-        sql = self._compile(job)
+        sql = self._compile(job.step, job.instance_id) if begun is None else begun.sql
         if (unfit := _unfit(sql)) is not None:
             return Failed(started, unfit)
         # A step here that was begun at least once was found then to need no transaction block.
@@ -301,7 +335,10 @@ class Runner:
         attempt = 0
         while True:
             try:
-                return await self._attempt(job, sql, started, outside=outside)
+                if begun is None:
+                    return await self._attempt(job, sql, started, outside=outside)
+                lease, begun = begun.lease, None
+                return await self._use(job, sql, started, lease.key[0], lease, begun=True)
             except _OutsideError:
                 outside = True
                 continue
@@ -326,15 +363,15 @@ class Runner:
                                 attempt=attempt, reason=str(fault) or type(fault).__name__)
             await asyncio.sleep(pause)
 
-    def _compile(self, job: Job) -> str:
+    def _compile(self, step: Step, instance_id: str) -> str:
         """The DSL inside a step's text becomes plain calls, as it would in a client's statement."""
-        text = job.step.text
+        text = step.text
         if not mentions_dsl(text.encode("utf-8", "surrogatepass")):
             return text
         try:
             compiled = compile_sql(text, standard_conforming_strings=True)
         except Exception:
-            log.exception("the compiler failed on a step; it runs as it is", instance=job.instance_id)
+            log.exception("the compiler failed on a step; it runs as it is", instance=instance_id)
             return text
         return text if compiled is None else compiled.sql
 
@@ -356,10 +393,15 @@ class Runner:
             if isinstance(e, _FailedError):
                 return Failed(started, e.error)
             raise
+        return await self._use(job, sql, started, identity, lease, outside=outside)
+
+    async def _use(self, job: Job, sql: str, started: datetime, identity: Identity, lease: SessionLease, *,
+                   outside: bool = False, begun: bool = False) -> Outcome:
+        """An attempt in this session, which is released, or is the outcome's."""
         try:
             if outside or job.database is not None:
                 return await self._at_least_once(job, sql, started, identity, lease, outside=outside)
-            return await self._transaction(job, sql, started, identity, lease)
+            return await self._transaction(job, sql, started, identity, lease, begun=begun)
         except asyncio.CancelledError:
             try:
                 await lease.connection.cancel()
@@ -399,9 +441,11 @@ class Runner:
         """Of class 08: a server has one error for startup packets that it never accepts; PgBouncer, for nearly all."""
         return error.sqlstate == "08P01" and (not self._store.pooled or error.message.startswith(_POOLER_REFUSES))
 
-    async def _transaction(self, job: Job, sql: str, started: datetime, identity: Identity,
-                           lease: SessionLease) -> Outcome:
-        result = await self._run(job, lease, identity, lambda c: c.begin_and_run(identity.role_sql, sql), started)
+    async def _transaction(self, job: Job, sql: str, started: datetime, identity: Identity, lease: SessionLease, *,
+                           begun: bool) -> Outcome:
+        result = await self._run(
+            job, lease, identity,
+            lambda c: c.run_begun() if begun else c.begin_and_run(identity.role_sql, sql), started)
         if isinstance(result, Outcome):
             return result
         encoded = await self._encode(job, lease, result)

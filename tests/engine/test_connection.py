@@ -114,6 +114,65 @@ async def test_a_commit_that_fails(database18: Database) -> None:
             s.close()
 
 
+#: What a step leaves behind, and how the next one would see it.
+LEFT = "SELECT pg_advisory_lock(42), set_config('search_path', 'nowhere', false)"
+SEEN = "SELECT current_setting('search_path'), (SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() " \
+       "AND locktype = 'advisory'), nextval('public.ran')"
+
+
+async def test_the_next_step_goes_with_the_commit(database18: Database) -> None:
+    """It finds a clean session, and runs only where the commit has succeeded: sequences tell, which no rollback undoes."""
+    serializable = {"default_transaction_isolation": "serializable"}
+    nothing: list[str | None] = ["00000000", *[None] * 8]
+    with psycopg.connect(database18.dsn(), autocommit=True) as c, psycopg.connect(database18.dsn()) as other:
+        c.execute("CREATE TABLE t AS SELECT 1 AS n")
+        c.execute("CREATE TABLE u AS SELECT 1 AS n")
+        c.execute("CREATE SEQUENCE public.ran")
+        c.execute("CREATE SCHEMA duroxide")
+        c.execute("CREATE FUNCTION duroxide.checkpoint(i text, uuid, jsonb, text, bigint[], text[], jsonb, timestamptz, jsonb)"
+                  " RETURNS void LANGUAGE plpgsql AS $$ BEGIN IF i = '' THEN RAISE 'not yours' USING ERRCODE = 'DF001';"
+                  " END IF; END $$")
+        s = await StepConnection.connect(Target.from_dsn(database18.dsn()), serializable, timeout=20)
+        try:
+            await s.begin_and_run(None, LEFT)
+            for n in (1, 2):
+                await s.finish(nothing, (None, SEEN))
+                assert c.execute("SELECT pg_try_advisory_lock(42), pg_advisory_unlock(42)").fetchone() == (True, True)
+                assert (await s.run_begun()).rows == [[b'"$user", public', b"0", str(n).encode()]]
+            await s.finish(nothing)
+            assert s.usable
+
+            # The checkpoint is refused; the next step's role can't be had; the next step itself fails.
+            await s.begin_and_run(None, "UPDATE t SET n = 2")
+            with pytest.raises(ServerError, match="not yours"):
+                await s.finish(["", *[None] * 8], (None, SEEN))
+            await s.rollback()
+            for role, step, words in ((None, "SELECT 1/0", "division by zero"), ('"postgres"', SEEN, "permission denied")):
+                await s.begin_and_run(None, "UPDATE t SET n = n + 1")
+                await s.finish(nothing, (role, step))
+                with pytest.raises(ServerError, match=words):
+                    await s.run_begun()
+                await s.rollback()
+            assert c.execute("SELECT n FROM t").fetchone() == (3,)
+
+            # The commit fails.
+            other.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+            other.execute("SELECT n FROM t")
+            await s.begin_and_run(None, "UPDATE t SET n = (SELECT n + 1 FROM u)")
+            other.execute("UPDATE u SET n = 5")
+            other.commit()
+            with pytest.raises(ServerError) as caught:
+                await s.finish(nothing, (None, SEEN))
+            assert caught.value.sqlstate == "40001"
+            await s.rollback()
+            assert s.usable
+            assert c.execute("SELECT n, last_value FROM t, public.ran").fetchone() == (3, 2)
+            assert (await s.begin_and_run(None, SEEN)).rows == [[b'"$user", public', b"0", b"3"]]
+            await s.rollback()
+        finally:
+            s.close()
+
+
 async def test_a_commit_frees_what_the_step_left(database18: Database) -> None:
     """Locks, settings, temporary tables and statements go with it; the next step starts like in a new session."""
     with psycopg.connect(database18.dsn(), autocommit=True) as c:

@@ -1,7 +1,7 @@
 """Steps that try to be more than their submitter, or to leave something behind, on executor logins of every version.
 
 The owner of the schemas is NOSUPERUSER CREATEROLE, as everywhere in these tests. After each attempt the same session runs
-a look around: it must see what it saw before.
+a look around, in another workflow and in the same one: it must see what it saw before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from psycopg import sql as pgsql
 
-from tests.engine.fix_graphs import sql
+from tests.engine.fix_graphs import Tree, seq, sql
 from tests.engine.helpers import Client, ended, install, running_worker
 from tests.engine.test_identity import grant_usage, make_role
 from tests.fix_postgres import Database, fresh_database, running_cluster, versions
@@ -63,7 +63,7 @@ HOSTILE: list[tuple[str, str | None]] = [
     ("DO $x$ BEGIN RESET ROLE; PERFORM duroxide.checkpoint((SELECT id FROM duroxide.instances LIMIT 1), gen_random_uuid(), '[]'); END $x$", DENIED),
     ("DO $x$ BEGIN RESET ROLE; PERFORM duroxide.checkpoint('00000000', gen_random_uuid(), '[]'); END $x$", "lease on instance 00000000 lost"),
     ("DO $x$ BEGIN RESET ROLE; PERFORM duroxide.checkpoints('[]'); END $x$", DENIED),
-    ("CREATE FUNCTION public.definer() RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $x$ BEGIN {write}; END $x$", None),
+    ("CREATE OR REPLACE FUNCTION public.definer() RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $x$ BEGIN {write}; END $x$", None),
     ("SELECT public.definer()", DENIED),
     ("CREATE OR REPLACE FUNCTION public.definer() RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $x$ BEGIN "
      "EXECUTE 'SET ROLE {owner}'; END $x$", None),
@@ -129,8 +129,8 @@ async def test_the_next_step_does_not_notice(hostile: Database) -> None:
         victim = owner.start(sql("SELECT pg_sleep(0)"))
         async with running_worker(hostile, max_user_connections=1, max_crashes=2, retry_min=0.01) as worker:
 
-            async def run(step: str) -> tuple[str, str | None]:
-                instance = c.start(sql(step))
+            async def run(step: str | Tree) -> tuple[str, str | None]:
+                instance = c.start(sql(step) if isinstance(step, str) else step)
                 worker.wake()
                 return (await ended(c, instance))[0]
 
@@ -143,6 +143,9 @@ async def test_the_next_step_does_not_notice(hostile: Database) -> None:
                 status, output = await run(text)
                 if words is None:
                     assert status == "completed", (step, output)
+                    # Nor does the next one of the same workflow, which goes to the server together with the commit.
+                    assert await run(LOOK) == before, step
+                    assert await run(seq(sql(text), sql(LOOK))) == before, step
                 elif status == "completed":
                     assert "NULL" in words, (step, output)
                 else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from engine import runner
 from tests.engine.fix_graphs import join, seq, sql
 from tests.engine.helpers import Client, ended, install, running_worker, until, worker_process
 from tests.fix_postgres import Database
@@ -114,17 +115,37 @@ async def test_a_checkpoint_that_fails_for_good_fails_the_step(database18: Datab
     await install(database18)
     with Client(database18) as c:
         c.execute("CREATE TABLE t (n int)")
+        c.execute("CREATE SEQUENCE ran")
         c.execute("CREATE FUNCTION boom() RETURNS trigger LANGUAGE plpgsql AS "
                   "$$ BEGIN RAISE EXCEPTION 'not this one'; END $$")
         # Fires at COMMIT only: SET CONSTRAINTS can't reach a trigger that the checkpoint itself sets off.
         c.execute("CREATE CONSTRAINT TRIGGER boom AFTER INSERT ON duroxide.history DEFERRABLE INITIALLY DEFERRED "
                   "FOR EACH ROW WHEN (NEW.result LIKE '%%poison%%') EXECUTE FUNCTION boom()")
-        instance = c.start(seq(sql("INSERT INTO t VALUES (1) RETURNING 'poison' AS what"), sql("SELECT 1")))
+        instance = c.start(seq(sql("INSERT INTO t VALUES (1) RETURNING 'poison' AS what"), sql("SELECT nextval('ran')")))
         async with running_worker(database18):
             [(status, output)] = await ended(c, instance)
         assert status == "failed"
         assert output == "SQL execution failed: error returned from database: not this one"
         assert c.rows("SELECT * FROM t") == []
+        assert c.one("SELECT is_called FROM ran") is False  # the step behind it never began
+
+
+@pytest.mark.parametrize("share", [0.0, 1000.0])
+async def test_a_session_is_kept_from_step_to_step_for_a_while(database18: Database, monkeypatch: pytest.MonkeyPatch,
+                                                               share: float) -> None:
+    """Two workflows and one session: in turns, or, until its share of the time is over, one after the other."""
+    monkeypatch.setattr(runner, "SHARE", share)
+    await install(database18)
+    with Client(database18) as c:
+        c.execute("CREATE TABLE marks (n int GENERATED ALWAYS AS IDENTITY, who text)")
+        trees = [seq(*[sql(f"INSERT INTO marks (who) VALUES ('{who}')")] * 4) for who in "ab"]
+        # Both are claimed by one poll, and their first steps ask for the session before either has ended.
+        with c.connection.transaction():
+            instances = [c.start(tree) for tree in trees]
+        async with running_worker(database18, max_user_connections=1):
+            await ended(c, *instances)
+        order = "".join(who for (who,) in c.rows("SELECT who FROM marks ORDER BY n"))
+    assert order in (("abababab", "babababa") if share == 0 else ("aaaabbbb", "bbbbaaaa"))
 
 
 async def test_statements_that_need_no_transaction_block(database: Database) -> None:
