@@ -95,6 +95,9 @@ class StepResult:
 #: that the step may have changed, and pg_temp comes first in it.
 CHECKPOINT_TYPES = (25, 2950, 3802, 25, 1016, 1009, 3802, 1184, 3802)
 CHECKPOINT = "SELECT duroxide.checkpoint($1, $2, $3, $4, $5, $6, $7, $8, $9)"
+#: The same for duroxide.step_done.
+STEP_DONE_TYPES = (25, 2950, 25, 23, 25, 3802, 3802, 1184, 16)
+STEP_DONE = "CALL duroxide.step_done($1, $2, $3, $4, $5, $6, $7, $8, $9)"
 
 #: Everything that a step can leave behind in a session: DISCARD ALL without DISCARD PLANS, which would make the next
 #: checkpoint plan its statements anew.
@@ -154,6 +157,7 @@ _TIDY = b"".join(_statement(sql) for sql in TIDY)
 _TIDY_FAILED = build.query("; ".join(("ROLLBACK AND CHAIN", *TIDY, "COMMIT")))
 _TIDY_IDLE = build.query("; ".join(("BEGIN", *TIDY, "COMMIT")))
 _CHECKPOINT = build.parse("", CHECKPOINT, CHECKPOINT_TYPES)
+_STEP_DONE = build.parse("", STEP_DONE, STEP_DONE_TYPES)
 _RUN = build.bind("", "") + build.describe_portal("") + build.execute("")
 _EXECUTE = build.execute("")
 
@@ -365,8 +369,10 @@ class StepConnection(asyncio.Protocol):
                 "a step can't end its transaction: COMMIT, ROLLBACK and PREPARE TRANSACTION are the engine's", "2D000")
         return result
 
-    async def finish(self, arguments: Sequence[str | None], then: tuple[str | None, str] | None = None) -> None:
-        """SET ROLE NONE, duroxide.checkpoint(`arguments` in their text form), COMMIT, and the reset behind it.
+    async def finish(self, arguments: Sequence[str | None], then: tuple[str | None, str] | None = None, *,
+                     brief: bool = False) -> None:
+        """SET ROLE NONE, duroxide.checkpoint(`arguments` in their text form), COMMIT, and the reset behind it. `brief`:
+        duroxide.step_done instead.
 
         `then`: what `begin_and_run` would be given next; it begins at once, and `run_begun` gives its result. Not for a
         session through a pooler. Raises ServerError (rolled back, if `rollback` follows; `then` has not begun), or
@@ -374,7 +380,8 @@ class StepConnection(asyncio.Protocol):
         """
         values = [None if a is None else a.encode() for a in arguments]
         tidy = _TIDY if self.pooled else b""
-        await self._commit([_LEAVE_ROLE, tidy, _CHECKPOINT, build.bind("", "", values), _EXECUTE], 2, then)
+        record = _STEP_DONE if brief else _CHECKPOINT
+        await self._commit([_LEAVE_ROLE, tidy, record, build.bind("", "", values), _EXECUTE], 2, then)
 
     async def commit(self) -> None:
         """COMMIT without a checkpoint, for steps in another database. Raises as `finish` does."""

@@ -45,6 +45,7 @@ from engine.store import (
     Store,
     checkpoint_arguments,
     is_infrastructure,
+    step_done_arguments,
 )
 
 log = structlog.get_logger("dfproxy.engine")
@@ -344,7 +345,13 @@ class HeldInstance:
             begun = self._begin_next(steps, lease)
         then = None if begun is None else (lease.key[0].role_sql, begun.sql)
         try:
-            await lease.connection.finish(checkpoint_arguments(self.instance_id, self.token, changes, big=key), then)
+            arguments = step_done_arguments(self.instance_id, self.token, changes, key) \
+                if self._store.has_step_done else None
+            if arguments is not None:
+                await lease.connection.finish(arguments, then, brief=True)
+            else:
+                await lease.connection.finish(
+                    checkpoint_arguments(self.instance_id, self.token, changes, big=key), then)
         except ServerError as e:
             await lease.rollback()
             if e.sqlstate == LEASE_LOST:

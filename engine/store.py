@@ -153,6 +153,12 @@ UPDATE duroxide.queue SET owner = NULL, token = NULL, crashes = crashes + 1,
  WHERE instance_id = $1 AND token = $2::text::uuid
 """
 
+#: Not yet where an older version has installed the schemas, and a newer one has not come by.
+HAS_STEP_DONE = """
+SELECT to_regprocedure('duroxide.step_done(text, uuid, text, integer, text, jsonb, jsonb, timestamptz, boolean)')
+       IS NOT NULL
+"""
+
 #: Waits for whoever still holds the row's lock with the old token: a session of ours that we lost sight of, whose
 #: checkpoint is either committed when this returns, or will be refused.
 REFENCE = f"""
@@ -234,6 +240,30 @@ def checkpoint_arguments(instance_id: str, token: str, changes: Changes, *, big:
     ]
 
 
+def step_done_arguments(instance_id: str, token: str, changes: Changes, key: Key) -> list[str | None] | None:
+    """The nine arguments of duroxide.step_done, where that can record `changes`: the leaf `key` is completed, and
+    nothing else happened but that the instance may have ended with its result.
+    """
+    if len(changes.rows) != 1 or changes.consumed or changes.prune or changes.keep:
+        return None
+    [row], finish = changes.rows, changes.finish
+    if row.event != "completed" or row.error is not None or (row.execution, row.node) != key:
+        return None
+    if finish is not None and (finish.status != "completed" or finish.error is not None or finish.output != row.result):
+        return None
+    return [
+        instance_id,
+        token,
+        row.execution,
+        str(row.node),
+        row.result,
+        None if row.columns is None else _to_json([c.to_json() for c in row.columns]),
+        None if row.meta is None else _to_json(dict(row.meta)),
+        None if row.started_at is None else row.started_at.isoformat(),
+        "f" if finish is None else "t",
+    ]
+
+
 def _inbox(text: str | None) -> list[InboxEntry]:
     return [InboxEntry(*item) for item in json.loads(text)] if text else []
 
@@ -290,6 +320,7 @@ class Store:
         self._poll: asyncpg.Connection[Any] | None = None
         self._catalog_at = time.monotonic()
         self.last_contact = 0.0  #: monotonic time of the last answer on a connection of its own
+        self.has_step_done = False  #: duroxide.step_done exists (0011)
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -382,6 +413,7 @@ class Store:
                     if is_dead(row["name"])]
             if dead:
                 await c.execute("UPDATE duroxide.workers SET heartbeat_at = '-infinity' WHERE id = ANY ($1)", dead)
+            self.has_step_done = bool(await c.fetchval(HAS_STEP_DONE))
             await c.execute(
                 "INSERT INTO duroxide.workers (id, name, version, lease) VALUES ($1::text::uuid, $2, $3, $4)",
                 self.worker_id, f"{self.settings.worker_name} {life or ''}".strip(), self.settings.version,

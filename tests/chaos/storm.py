@@ -57,6 +57,10 @@ async def main():
 asyncio.run(main())
 """
 
+#: What proves a lease before it writes.
+FENCES = "SELECT pg_get_functiondef(p.oid) FROM pg_proc p WHERE p.pronamespace = 'duroxide'::regnamespace " \
+         "AND p.proname IN ('checkpoint', 'step_done') ORDER BY p.proname"
+
 SCENE = """
 CREATE TABLE public.effects (instance text, place text, payload text, at timestamptz DEFAULT clock_timestamp());
 CREATE TABLE public.cancels (instance text);
@@ -167,10 +171,10 @@ class Storm:
             c.execute(SCENE)
             c.execute("SELECT df.grant_usage('app', include_http => true)")
             if not self.plan.fence:
-                body = c.execute("SELECT pg_get_functiondef(p.oid) FROM pg_proc p WHERE proname = 'checkpoint' "
-                                 "AND pronamespace = 'duroxide'::regnamespace").fetchall()[0][0]
-                assert body.count("AND q.token = p_token") == 1
-                c.execute(body.replace("AND q.token = p_token", ""))
+                bodies = [body for (body,) in c.execute(FENCES).fetchall()]
+                assert [body.count("AND q.token = p_token") for body in bodies] == [1, 2]
+                for body in bodies:
+                    c.execute(body.replace("AND q.token = p_token", ""))
         with psycopg.connect(self.dsn(database=OTHER), autocommit=True) as c:
             c.execute("CREATE TABLE public.effects (instance text)")
 

@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from tests.chaos.audit import audit
-from tests.chaos.storm import SCENE, Plan, storm
+from tests.chaos.storm import FENCES, SCENE, Plan, storm
 from tests.chaos.workload import Workload, expected, nodes, signals_of
 from tests.engine.fix_graphs import Tree, race, seq, sleep, sql
 from tests.engine.helpers import Client, ended, install, running_worker, until, worker_process
@@ -89,8 +89,8 @@ async def test_the_audit_notices_a_broken_fence(database18: Database, fenced: bo
     tree = seq(_effect("p1", 1.5), _effect("p2"))
     with Client(database18) as c:
         if not fenced:
-            body = c.one("SELECT pg_get_functiondef('duroxide.checkpoint'::regproc)")
-            c.connection.execute(body.replace("AND q.token = p_token", ""))
+            for (body,) in c.rows(FENCES):
+                c.connection.execute(body.replace("AND q.token = p_token", ""))
         instance = c.start(tree)
         running = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dfproxy:step' AND state = 'active' " \
                   "AND datname = current_database()"

@@ -63,6 +63,9 @@ HOSTILE: list[tuple[str, str | None]] = [
     ("DO $x$ BEGIN RESET ROLE; PERFORM duroxide.checkpoint((SELECT id FROM duroxide.instances LIMIT 1), gen_random_uuid(), '[]'); END $x$", DENIED),
     ("DO $x$ BEGIN RESET ROLE; PERFORM duroxide.checkpoint('00000000', gen_random_uuid(), '[]'); END $x$", "lease on instance 00000000 lost"),
     ("DO $x$ BEGIN RESET ROLE; PERFORM duroxide.checkpoints('[]'); END $x$", DENIED),
+    ("CALL duroxide.step_done('00000000', gen_random_uuid(), '', 0, '1', NULL, NULL, NULL, true)", DENIED),
+    ("DO $x$ BEGIN RESET ROLE; CALL duroxide.step_done('00000000', gen_random_uuid(), '', 0, '1', NULL, NULL, NULL, true); END $x$",
+     "lease on instance 00000000 lost"),
     ("CREATE OR REPLACE FUNCTION public.definer() RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $x$ BEGIN {write}; END $x$", None),
     ("SELECT public.definer()", DENIED),
     ("CREATE OR REPLACE FUNCTION public.definer() RETURNS void LANGUAGE plpgsql SECURITY DEFINER AS $x$ BEGIN "

@@ -5,15 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import asyncpg
 import pytest
 
+from dsl.values import Column
+from engine.connection import STEP_DONE
 from engine.identity import Identities
 from engine.model import Changes, Checkpoint, Finish, StepError
 from engine.processes import Life, is_dead
-from engine.store import Clock, LeaseLostError, Store, checkpoint_arguments
+from engine.store import (
+    CHECKPOINT,
+    Clock,
+    LeaseLostError,
+    Store,
+    checkpoint_arguments,
+    step_done_arguments,
+)
 from tests.engine.fix_graphs import seq, signal, sql
 from tests.engine.helpers import Client, ended, install, running_worker, settings, until
 from tests.fix_postgres import Database
@@ -54,6 +65,73 @@ async def test_claim_load_checkpoint_finish(database: Database) -> None:
             assert c.rows("SELECT status, output, error->>'hint' FROM duroxide.instances") == [("failed", "why", "h")]
             with pytest.raises(LeaseLostError):
                 await store.checkpoint(instance, claim.token, Changes(rows=rows))
+
+
+async def test_step_done_records_what_a_checkpoint_would(database: Database) -> None:
+    """In the middle, at the end, over a row that is there already, and after a cancel; and it refuses an old token."""
+    await install(database)
+    began = datetime(2026, 1, 2, tzinfo=UTC)
+    rows = [Checkpoint("", 1, "completed", '{"n":1}', (Column("n", 23, "int4"),), None, {"tag": "SELECT 1"}, began),
+            Checkpoint("", 1, "completed", '{"n":2}', (), None, None, None),
+            Checkpoint("/1:2", 2, "completed", '{"x":"é"}', None, None, {"tag": "UPDATE 3"}, began)]
+    with Client(database) as c:
+        found = []
+        pair = [c.start(seq(sql("SELECT 1"), signal("go"))) for _ in range(2)]
+        async with opened(database) as store:
+            assert store.has_step_done
+            claims = {claim.instance_id: claim for claim in (await store.poll(10)).claims}
+            for instance in pair:
+                c.execute("INSERT INTO duroxide.signals (instance_id, name) VALUES (%s, 'go')", instance)
+                c.execute("INSERT INTO duroxide.history (instance_id, execution, node, event, error, meta, started_at) "
+                          "VALUES (%s, '', 1, 'started', '{}', '{\"attempt\": 1}', '2026-01-01')", instance)
+            for instance, brief in zip(pair, (True, False), strict=True):
+                token = claims[instance].token
+
+                async def record(row: Checkpoint, finish: Finish | None = None, *, instance: str = instance,
+                                 brief: bool = brief, token: str = token) -> None:
+                    changes, key = Changes([row], finish=finish), (row.execution, row.node)
+                    if brief:
+                        arguments = step_done_arguments(instance, token, changes, key)
+                        assert arguments is not None
+                        casts = ["text", "uuid", "text", "int", "text", "jsonb", "jsonb", "timestamptz", "bool"]
+                        call = STEP_DONE
+                        for n, type_ in enumerate(casts, 1):
+                            call = call.replace(f"${n}", f"${n}::text::{type_}")
+                        async with store.transaction() as t:
+                            await t.execute(call, *arguments)
+                    else:
+                        await store.execute(CHECKPOINT, *checkpoint_arguments(instance, token, changes, big=key))
+
+                with pytest.raises(asyncpg.PostgresError) as caught:
+                    await record(rows[0], token="00000000-0000-0000-0000-000000000000")
+                assert caught.value.sqlstate == "DF001"
+                seen = []
+                for row in rows:
+                    await record(row)
+                    seen.append(c.rows("SELECT execution, node, event, result, types, error, meta, started_at FROM duroxide.history "
+                                       "WHERE instance_id = %s ORDER BY 1, 2", instance))
+                    seen.append(c.rows("SELECT status, output FROM duroxide.instances WHERE id = %s", instance))
+                    seen.append(c.rows("SELECT owner, claims FROM duroxide.queue WHERE instance_id = %s", instance))
+                await record(rows[2], Finish("completed", '{"x":"é"}'))
+                seen.append(c.rows("SELECT status, output, error, started_at IS NOT NULL, ended_at >= started_at, updated_at = ended_at "
+                                   "FROM duroxide.instances WHERE id = %s", instance))
+                seen.append(c.rows("SELECT FROM duroxide.queue WHERE instance_id = %s", instance))
+                seen.append(c.rows("SELECT FROM duroxide.signals WHERE instance_id = %s", instance))
+                with pytest.raises(asyncpg.PostgresError) as caught:
+                    await record(rows[2], Finish("completed", '{"x":"é"}'))
+                assert caught.value.sqlstate == "DF001"
+                found.append(seen)
+            assert found[0] == found[1]
+            assert found[0][-3:] == [[("completed", '{"x":"é"}', None, True, True, True)], [], []]
+
+            # Whoever cancels first has the last word.
+            instance = c.start(sql("SELECT 1"))
+            [claim] = (await store.poll(10)).claims
+            c.execute("INSERT INTO duroxide.signals (instance_id, kind, name) VALUES (%s, 'cancel', 'enough')", instance)
+            await store.execute("CALL duroxide.step_done($1, $2::text::uuid, '', 0, '1', NULL, NULL, NULL, true)",
+                                instance, claim.token)
+            assert c.outcome(instance) == ("cancelled", "canceled: enough")
+            assert c.rows("SELECT FROM duroxide.queue") == []
 
 
 async def test_a_new_fence_shuts_the_old_token_out(database18: Database) -> None:
@@ -232,6 +310,28 @@ def test_checkpoint_arguments() -> None:
         '{"x":"é"}', "{3,4}", '{"/1:1\\"\\\\"}', '[["",1]]', "infinity",
         '{"status":"completed","output_is_result":true}']
     assert checkpoint_arguments("id", "token", Changes()) == ["id", "token", "[]"] + [None] * 6
+
+
+def test_what_step_done_can_record() -> None:
+    began = datetime(2026, 1, 2, tzinfo=UTC)
+    row = Checkpoint("/1:2", 2, "completed", '{"x":"é"}', (), meta={"tag": "UPDATE 3"}, started_at=began)
+    known = ["id", "token", "/1:2", "2", '{"x":"é"}', "[]", '{"tag":"UPDATE 3"}', "2026-01-02T00:00:00+00:00"]
+    ends = Finish("completed", '{"x":"é"}')
+
+    def arguments(**changes: Any) -> list[str | None] | None:
+        return step_done_arguments("id", "token", Changes(**{"rows": [row], **changes}), ("/1:2", 2))
+
+    assert arguments() == [*known, "f"]
+    assert arguments(finish=ends) == [*known, "t"]
+    assert step_done_arguments("id", "token", Changes([Checkpoint("", 2, "completed", "1")]), ("", 2)) == [
+        "id", "token", "", "2", "1", None, None, None, "f"]
+    for other in (
+        {"rows": [row, row]}, {"rows": []}, {"rows": [replace(row, event="started")]}, {"rows": [replace(row, node=3)]},
+        {"rows": [replace(row, error=StepError("no"))]}, {"consumed": [1]}, {"prune": ["/1:1"]}, {"keep": [("", 1)]},
+        {"finish": replace(ends, output="else")}, {"finish": replace(ends, status="failed")},
+        {"finish": replace(ends, error=StepError("no"))},
+    ):
+        assert arguments(**other) is None, other
 
 
 def test_clock_prefers_sharp_readings() -> None:

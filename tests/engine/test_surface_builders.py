@@ -263,4 +263,4 @@ def test_few_functions_run_with_the_owners_rights(df: Connection) -> None:
     definers = {r[0] for r in df.execute("""
         SELECT p.proname FROM pg_proc p WHERE p.prosecdef
            AND p.pronamespace IN ('df'::regnamespace, 'duroxide'::regnamespace)""")}
-    assert definers == {"on_start", "on_cancel", "on_delete", "checkpoint", "launch_answer", "metrics", "register_executor", "forget_executor"}
+    assert definers == {"on_start", "on_cancel", "on_delete", "checkpoint", "step_done", "launch_answer", "metrics", "register_executor", "forget_executor"}

@@ -332,8 +332,13 @@ def test_a_step_as_the_executor_runs_it(roles: Roles) -> None:
             assert value(x, "SELECT current_user") == app
             x.execute("INSERT INTO public.things VALUES (1)")
             assert refused(x, checkpoint, instance, player.tokens[instance]).sqlstate == "42501"
+            assert refused(x, "CALL duroxide.step_done(%s, %s, '', 0, '1', NULL, NULL, NULL, false)", instance,
+                           player.tokens[instance]).sqlstate == "42501"
             x.execute("RESET ROLE")
             assert refused(x, checkpoint, instance, player.worker).sqlstate == "DF001"
+            step_done = "CALL duroxide.step_done(%s, %s, '', 0, '1', NULL, NULL, NULL, false)"
+            assert refused(x, step_done, instance, player.worker).sqlstate == "DF001"
+            x.execute(step_done, (instance, player.tokens[instance]))
             x.execute(checkpoint, (instance, player.tokens[instance]))
     assert value(roles.owner, "SELECT df.status(%s)", instance) == "completed"
     assert value(roles.root, "SELECT n FROM public.things") == 1

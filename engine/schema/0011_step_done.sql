@@ -1,0 +1,111 @@
+-- What a step records in most cases, by a narrower way than duroxide.checkpoint: one result, and maybe the workflow's end. A
+-- third of the time that a checkpoint takes went into its call and its JSON. Workers that know of it use it; the others go on
+-- with checkpoint, and so does everything else that is to be recorded.
+-- A procedure: CALL is no query, which would be planned and executed anew for each step.
+
+-- Records a completed leaf, if and only if the worker still holds the instance (p_token); otherwise raises DF001, which rolls
+-- back the step that runs in the same transaction. The arguments are the columns of duroxide.history.
+--   p_ends: the instance ends as completed, with p_result as its output.
+-- SECURITY DEFINER: as checkpoint, for executors, which prove their right by the token.
+CREATE OR REPLACE PROCEDURE duroxide.step_done(
+    p_instance text, p_token uuid, p_execution text, p_node integer, p_result text, p_types jsonb, p_meta jsonb,
+    p_started timestamptz, p_ends boolean)
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $$
+DECLARE
+    v_started timestamptz;
+BEGIN
+    IF p_ends THEN
+        DELETE FROM duroxide.queue q WHERE q.instance_id = p_instance AND q.token = p_token
+        RETURNING q.started_at INTO v_started;
+    ELSE
+        PERFORM FROM duroxide.queue q WHERE q.instance_id = p_instance AND q.token = p_token FOR UPDATE;
+    END IF;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'lease on instance % lost', p_instance USING ERRCODE = 'DF001';
+    END IF;
+    INSERT INTO duroxide.history AS h (instance_id, execution, node, event, result, types, meta, started_at)
+    VALUES (p_instance, p_execution, p_node, 'completed', p_result, p_types, p_meta, p_started)
+    ON CONFLICT (instance_id, execution, node) DO UPDATE
+       SET event = EXCLUDED.event, result = EXCLUDED.result, types = EXCLUDED.types, error = NULL, meta = EXCLUDED.meta,
+           started_at = COALESCE(EXCLUDED.started_at, h.started_at), ended_at = EXCLUDED.ended_at;
+    IF p_ends THEN
+        -- A cancel that committed first has set the status already; it stays.
+        UPDATE duroxide.instances
+           SET status = 'completed', output = p_result, error = NULL, started_at = v_started,
+               updated_at = clock_timestamp(), ended_at = clock_timestamp()
+         WHERE id = p_instance AND status IN ('pending', 'running');
+        DELETE FROM duroxide.signals WHERE instance_id = p_instance;
+    END IF;
+END $$;
+REVOKE ALL ON PROCEDURE duroxide.step_done(text, uuid, text, integer, text, jsonb, jsonb, timestamptz, boolean) FROM PUBLIC;
+
+-- As in 0007, with the procedure beside the function.
+CREATE OR REPLACE FUNCTION duroxide.register_executor(p_role oid) RETURNS void
+LANGUAGE plpgsql STRICT SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    v_executor text := 'dfx_' || p_role;
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_roles r WHERE r.rolname = v_executor AND r.rolcanlogin AND NOT r.rolinherit AND NOT r.rolsuper
+                      AND NOT r.rolcreaterole AND NOT r.rolcreatedb AND NOT r.rolreplication AND NOT r.rolbypassrls)
+        OR (SELECT array_agg(DISTINCT m.roleid) FROM pg_auth_members m WHERE m.member = to_regrole(v_executor))
+            IS DISTINCT FROM ARRAY[p_role]
+        OR EXISTS (SELECT FROM pg_auth_members m WHERE m.member = to_regrole(v_executor) AND m.admin_option) THEN
+        RAISE EXCEPTION 'role % is not a sound executor login for role %', v_executor, p_role::regrole
+            USING ERRCODE = '42501',
+                  HINT = 'It must be LOGIN NOINHERIT, without any further right, and a member of that role alone.';
+    END IF;
+    EXECUTE format('GRANT USAGE ON SCHEMA duroxide TO %I', v_executor);
+    EXECUTE format('GRANT EXECUTE ON FUNCTION duroxide.checkpoint(text, uuid, jsonb, text, bigint[], text[], jsonb, timestamptz, jsonb)'
+                   ' TO %I', v_executor);
+    EXECUTE format('GRANT EXECUTE ON PROCEDURE duroxide.step_done(text, uuid, text, integer, text, jsonb, jsonb, timestamptz, boolean)'
+                   ' TO %I', v_executor);
+    INSERT INTO duroxide.executors (role, executor) VALUES (p_role, to_regrole(v_executor))
+    ON CONFLICT (role) DO UPDATE SET executor = EXCLUDED.executor, password_set = false
+        WHERE executors.executor <> EXCLUDED.executor;
+    IF NOT has_database_privilege(v_executor, current_database(), 'CONNECT') THEN
+        RAISE WARNING 'executor login % may not connect to this database', v_executor
+            USING HINT = format('Run: GRANT CONNECT ON DATABASE %I TO %I', current_database(), v_executor);
+    END IF;
+END $$;
+
+CREATE OR REPLACE FUNCTION duroxide.forget_executor(p_role oid) RETURNS boolean
+LANGUAGE plpgsql STRICT SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    v_executor regrole;
+BEGIN
+    IF has_schema_privilege(p_role, 'df', 'USAGE') THEN
+        RETURN false;
+    ELSIF EXISTS (SELECT FROM duroxide.instances i WHERE i.submitted_by = p_role AND i.status IN ('pending', 'running')) THEN
+        RAISE NOTICE 'executor login dfx_% is kept: workflows of role % have not ended', p_role, p_role::regrole
+            USING HINT = 'Revoke again once they have.';
+        RETURN false;
+    END IF;
+    DELETE FROM duroxide.executors e WHERE e.role = p_role RETURNING e.executor INTO v_executor;
+    IF NOT FOUND OR NOT EXISTS (SELECT FROM pg_roles r WHERE r.oid = v_executor) THEN
+        RETURN false;
+    END IF;
+    EXECUTE format('REVOKE ALL ON FUNCTION duroxide.checkpoint(text, uuid, jsonb, text, bigint[], text[], jsonb, timestamptz, jsonb)'
+                   ' FROM %s', v_executor);
+    EXECUTE format('REVOKE ALL ON PROCEDURE duroxide.step_done(text, uuid, text, integer, text, jsonb, jsonb, timestamptz, boolean)'
+                   ' FROM %s', v_executor);
+    EXECUTE format('REVOKE ALL ON SCHEMA duroxide FROM %s', v_executor);
+    RETURN true;
+END $$;
+
+-- Executor logins that there are already.
+DO $$
+DECLARE
+    v_executor name;
+BEGIN
+    FOR v_executor IN SELECT r.rolname FROM duroxide.executors e JOIN pg_roles r ON r.oid = e.executor LOOP
+        EXECUTE format('GRANT EXECUTE ON PROCEDURE duroxide.step_done(text, uuid, text, integer, text, jsonb, jsonb, timestamptz, boolean)'
+                       ' TO %I', v_executor);
+    END LOOP;
+END $$;
