@@ -73,10 +73,12 @@ def test_a_taken_id_is_replaced(df: Connection) -> None:
         INSERT INTO duroxide.instances (id, graph)
         SELECT lpad(to_hex(i), 8, '0'), '[]' FROM generate_series(0, 4095) i""")
     before = value(df, "SELECT count(*) FROM duroxide.instances")
-    source = value(df, "SELECT pg_get_functiondef('duroxide.submit'::regproc)")
-    df.execute(source.replace("left(v_random, 8)", "'00000' || left(v_random, 3)"))
-    error = refused(df, "SELECT df.start('SELECT 1')")
-    assert (error.message, error.sqlstate) == ("Failed to create instance", "55000")
+    for function in ("submit", "start"):
+        source = value(df, "SELECT pg_get_functiondef(%s::regproc)", f"duroxide.{function}")
+        df.execute(source.replace("left(v_random, 8)", "'00000' || left(v_random, 3)"))
+    for start in ("df.start('SELECT 1')", "duroxide.submit(NULL, 'SELECT 1', NULL, NULL)"):
+        error = refused(df, f"SELECT {start}")
+        assert (error.message, error.sqlstate) == ("Failed to create instance", "55000")
     df.execute("DELETE FROM duroxide.instances WHERE id >= '00000800'; DELETE FROM duroxide.queue WHERE instance_id >= '00000800'")
     assert value(df, "SELECT count(*) FROM (SELECT df.start('SELECT 1') FROM generate_series(1, 5)) s") == 5
     assert value(df, "SELECT count(*) FROM duroxide.instances") == before - 2048 + 5
