@@ -166,3 +166,113 @@ CREATE OR REPLACE FUNCTION df.start(fut text, label text DEFAULT NULL, database 
                                     transaction_mode text DEFAULT 'caller') RETURNS text
 LANGUAGE sql
 RETURN duroxide.start(duroxide.prepare_start(fut, transaction_mode), label, database);
+
+-- A future-or-SQL operand as the JSON of a node: as before (0002_builders.sql), but what the builders wrote is told by comparing
+-- pieces of it. Regular expressions with that many states are slow.
+CREATE OR REPLACE FUNCTION duroxide.step(fut text) RETURNS text
+LANGUAGE plpgsql IMMUTABLE STRICT
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    v_type text;
+BEGIN
+    IF fut !~ E'^[ \t\n\r]*\\{' OR NOT duroxide.is_json(fut) THEN
+        RETURN '{"node_type":"SQL","query":' || to_json(fut)::text || '}';
+    ELSIF left(fut, 14) = '{"node_type":"' THEN
+        v_type := split_part(substr(fut, 15, 16), '"', 1);
+        IF v_type IN ('THEN', 'IF', 'JOIN', 'RACE', 'LOOP') THEN
+            IF substr(fut, 15 + length(v_type), 15) = '","left_node":{' AND (right(fut, 2) IN ('}}', '"}') OR right(fut, 3) = '}]}') THEN
+                RETURN fut;
+            END IF;
+        ELSIF v_type IN ('SQL', 'BREAK', 'SLEEP', 'WAIT_SCHEDULE', 'SIGNAL', 'HTTP', 'HTTP_MULTIPART')
+            AND substr(fut, 15 + length(v_type), 11) = '","query":"' AND right(fut, 2) = '"}' THEN
+            RETURN fut;
+        END IF;
+    END IF;
+    RETURN duroxide.canonical(fut);
+END $$;
+
+CREATE OR REPLACE FUNCTION df."as"(fut text, name text) RETURNS text
+LANGUAGE plpgsql IMMUTABLE STRICT
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    v_node text;
+BEGIN
+    IF name = '' THEN
+        RAISE EXCEPTION 'df.as: result name cannot be empty'
+            USING ERRCODE = '22023', HINT = 'Name a result with an identifier, and refer to it as $name in later steps.';
+    ELSIF name !~ '^[a-zA-Z_][a-zA-Z0-9_]*$' THEN
+        RAISE EXCEPTION 'df.as: result name ''%'' is not a valid identifier — must match [a-zA-Z_][a-zA-Z0-9_]*', name
+            USING ERRCODE = '22023';
+    END IF;
+    v_node := duroxide.step(fut);
+    -- A node's text ends with its name, if it has one; in a string its quotes would be escaped.
+    v_node := CASE WHEN strpos(v_node, ',"result_name":"') = 0 THEN left(v_node, -1)
+                   ELSE regexp_replace(v_node, E'(,"result_name":"[^"\\\\]*")?\\}$', '') END;
+    RETURN v_node || ',"result_name":"' || name || '"}';
+END $$;
+
+-- Strings of a function are read as the session's standard_conforming_strings says, when the function is first run in it. Those
+-- that hold a backslash have to pin it, or to be written with E, as those above. duroxide.explain can't pin it: it
+-- evaluates an expression in the caller's terms.
+CREATE OR REPLACE FUNCTION duroxide.explain(input text, path text, diagram boolean) RETURNS text
+LANGUAGE plpgsql STRICT
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    v_input text := btrim(input, E' \t\n\r\f\v');
+    v_node jsonb;
+BEGIN
+    IF v_input ~ '^[0-9a-fA-F]{8}$' THEN
+        IF diagram THEN
+            RETURN duroxide.diagram_instance(lower(v_input));
+        END IF;
+        RETURN duroxide.explain_instance(lower(v_input));
+    ELSIF left(v_input, 1) = '{' AND duroxide.is_json(v_input) THEN
+        v_node := v_input::jsonb;
+        IF jsonb_typeof(v_node->'node_type') = 'string' THEN
+            RETURN regexp_replace(duroxide.explain_future(v_input, diagram), '^Invalid durable function: ', 'Failed to parse Durofut JSON: ');
+        END IF;
+    END IF;
+    IF v_input !~ E'~>|\\|=>|\\?>|!>|@>|df\\.' THEN
+        IF v_input ~* E'^((SELECT|INSERT|UPDATE|DELETE|WITH)[ \\n]|(CREATE|ALTER|DROP|CALL|DO|TRUNCATE|GRANT|REVOKE|EXPLAIN) )' THEN
+            RETURN duroxide.explain_future(v_input, diagram);
+        END IF;
+        RETURN E'Cannot explain input: not a valid Durofut JSON, instance ID, SQL statement, or DSL expression.\n'
+               'Hint: DSL expressions use df.*() functions and operators like ~>, |=>, &, |.';
+    END IF;
+    PERFORM set_config('search_path', path, true);
+    BEGIN
+        EXECUTE 'SELECT ' || v_input INTO v_input;
+    EXCEPTION WHEN undefined_function OR ambiguous_function THEN
+        IF v_input !~ E'~>|\\|=>|\\?>|!>|@>| [&|] ' THEN
+            RAISE;
+        END IF;
+        RAISE EXCEPTION USING ERRCODE = SQLSTATE, MESSAGE = SQLERRM,
+            HINT = 'The proxy reads operators where it sees them: give the expression itself, as in df.explain(''a'' ~> ''b''), '
+                   'or as a literal. In a parameter or a column, and without the proxy, functions do: df.seq(''a'', ''b'').';
+    END;
+    PERFORM set_config('search_path', 'pg_catalog, pg_temp', true);
+    IF v_input IS NULL THEN
+        RETURN 'Expression returned NULL';
+    ELSIF v_input !~ E'^\\s*\\{' OR NOT duroxide.is_json(v_input) OR jsonb_typeof(v_input::jsonb->'node_type') IS DISTINCT FROM 'string' THEN
+        RETURN 'Failed to parse Durofut JSON: the expression''s value is no workflow: ' || duroxide.cut(v_input, 60);
+    END IF;
+    RETURN regexp_replace(duroxide.explain_future(v_input, diagram), '^Invalid durable function: ', 'Failed to parse Durofut JSON: ');
+END $$;
+
+DO $do$
+DECLARE
+    v_function regprocedure;
+BEGIN
+    FOR v_function IN
+        SELECT p.oid FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
+         WHERE p.pronamespace IN ('df'::regnamespace, 'duroxide'::regnamespace) AND l.lanname = 'plpgsql' AND strpos(p.prosrc, E'\\') > 0
+           AND p.oid NOT IN ('duroxide.graph_template(text)'::regprocedure, 'duroxide.start(text[], text, text)'::regprocedure,
+                             'duroxide.step(text)'::regprocedure, 'df."as"(text, text)'::regprocedure,
+                             'duroxide.explain(text, text, boolean)'::regprocedure)
+    LOOP
+        EXECUTE format('ALTER FUNCTION %s SET standard_conforming_strings = on', v_function);
+    END LOOP;
+END $do$;

@@ -211,3 +211,42 @@ def test_what_was_prepared_before_an_upgrade_goes_on(database18: Database, monke
     assert before is not None
     assert after is not None
     assert [bare(graphs[i]) for i in before] == [bare(graphs[i]) for i in after]
+
+
+#: Functions whose strings are written with E where they hold a backslash.
+CAREFUL = {"duroxide.graph_template(text)", "duroxide.start(text[],text,text)", "duroxide.step(text)", 'df."as"(text,text)',
+           "duroxide.explain(text,text,boolean)"}
+
+
+def test_functions_read_their_own_strings_alike_in_every_session(surface: Database) -> None:
+    """A session without standard_conforming_strings, new, so that no function is compiled yet; nothing warns."""
+    with psycopg.connect(surface.dsn(), autocommit=True) as c:
+        loose = c.execute("""
+            SELECT p.oid::regprocedure::text FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
+             WHERE p.pronamespace IN ('df'::regnamespace, 'duroxide'::regnamespace) AND l.lanname = 'plpgsql'
+               AND strpos(p.prosrc, %s) > 0 AND NOT COALESCE(p.proconfig::text LIKE '%%standard_conforming_strings=on%%', false)""",
+                          ("\\",)).fetchall()
+        assert {r[0] for r in loose} <= CAREFUL
+    queries = [
+        "SELECT df.seq(df.as(df.as('SELECT 1', 'a'), 'b'), df.seq(' {}', '\t{', df.sql('x')), df.if('a', '{', df.sleep(1)))",
+        "SELECT df.explain('df.seq(df.as(''a'', ''b''), df.loop(''c'', ''d'', true))')",
+        "SELECT df.explain('{\"node_type\":\"SQL\",\"query\":\"x\"}'), df.explain('SELECT 1'), df.explain('nonsense')",
+        "SELECT df.wait_for_schedule(' */5 0-3\t* jan mon-fri ')",
+        "SELECT df.http('http://x', headers => '{\"A\": \"b\"}')",
+        "SELECT df.diagram('df.seq(df.as(''a'', ''b''), ''c'')')",
+        "SELECT count(*) FROM df.list_instances(NULL, 1, NULL, encode('v1|2020-01-01T00:00:00.000000+00:00|00000000', 'hex'))",
+        "SELECT duroxide.flatten(duroxide.decode(' {\"node_type\":\"SQL\",\"query\":\"x\"}'), 1)",
+    ]
+    refusals = ["SELECT df.start(' OK ')", "SELECT df.start(df.seq('x', ' Instance a cancelled: no'))", "SELECT df.as('x', '1')"]
+    found = []
+    for setting in ("off", "on"):
+        notices: list[str] = []
+        with psycopg.connect(surface.dsn(), options=f"-c standard_conforming_strings={setting}", autocommit=True) as c:
+            c.add_notice_handler(lambda n, notices=notices: notices.append(n.message_primary or ""))  # type: ignore[misc]
+            results = [c.execute(query).fetchone() for query in queries]
+            results += [(refused(c, query).message,) for query in refusals]
+            instance = value(c, f"SELECT df.start({GRAPH})")
+            results.append((bare(value(c, "SELECT graph FROM duroxide.instances WHERE id = %s", instance)),))
+        assert notices == []
+        found.append(results)
+    assert found[0] == found[1]
