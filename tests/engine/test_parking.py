@@ -82,3 +82,33 @@ async def test_an_endless_loop_leaves_bounded_rows(database18: Database) -> None
             await ended(c, instance)
         # Two rows a round, ten finished rounds and the one under way, and the loop's own.
         assert 15 < most <= 2 * 11 + 1
+
+
+async def test_a_poll_reads_no_more_than_it_needs(database18: Database) -> None:
+    """Rows of the queue that a poll's functions look at, beside thousands that are parked, and hundreds that are held."""
+    await install(database18)
+    worker = "00000000-0000-0000-0000-000000000001"
+    with Client(database18) as c:
+        c.connection.execute(FILL, {"graphs": list(GRAPHS), "role": database18.owner, "first": 1, "last": 3000})
+        c.execute(PARK)
+        c.execute("UPDATE duroxide.queue SET wake_at = 'infinity'")
+        c.execute("INSERT INTO duroxide.workers (id, name, version, lease) VALUES (%s, 'w', '0', '1 day')", worker)
+        c.execute("UPDATE duroxide.queue SET owner = %s, token = gen_random_uuid() WHERE instance_id IN "
+                  "(SELECT instance_id FROM duroxide.queue ORDER BY instance_id LIMIT 500)", worker)
+        c.execute("VACUUM ANALYZE duroxide.queue")
+
+        def read(query: str, *parameters: object) -> tuple[object, int]:
+            counted = "SELECT idx_tup_fetch + seq_tup_read FROM pg_stat_xact_user_tables WHERE relid = 'duroxide.queue'::regclass"
+            with c.connection.transaction():
+                before = c.one(counted)
+                return c.rows(query, *parameters), c.one(counted) - before
+
+        assert read("SELECT duroxide.overdue()") == ([(False,)], 0)
+        assert read("SELECT * FROM duroxide.inbox(%s, '{}')", worker) == ([], 0)
+        assert read("SELECT * FROM duroxide.claim(%s, 100)", worker) == ([], 0)
+        assert read("SELECT duroxide.next_due()") == ([(None,)], 0)
+        mine, other = (c.one("SELECT min(instance_id) FROM duroxide.queue WHERE (owner IS NULL) = %s", free) for free in (False, True))
+        c.execute("INSERT INTO duroxide.signals (instance_id, name) VALUES (%s, 'go'), (%s, 'go')", mine, other)
+        assert [row[1] for row in c.rows("SELECT * FROM duroxide.inbox(%s, '{}')", worker)] == [mine]
+        c.execute("UPDATE duroxide.queue SET wake_at = now() WHERE instance_id = %s", other)
+        assert c.one("SELECT duroxide.overdue()") is True

@@ -1,8 +1,10 @@
+-- What steps cost the server: a narrower way to record them, and polls that read no more than they need.
+
 -- What a step records in most cases, by a narrower way than duroxide.checkpoint: one result, and maybe the workflow's end. A
 -- third of the time that a checkpoint takes went into its call and its JSON. Workers that know of it use it; the others go on
 -- with checkpoint, and so does everything else that is to be recorded.
 -- A procedure: CALL is no query, which would be planned and executed anew for each step.
-
+--
 -- Records a completed leaf, if and only if the worker still holds the instance (p_token); otherwise raises DF001, which rolls
 -- back the step that runs in the same transaction. The arguments are the columns of duroxide.history.
 --   p_ends: the instance ends as completed, with p_result as its output.
@@ -108,4 +110,41 @@ BEGIN
         EXECUTE format('GRANT EXECUTE ON PROCEDURE duroxide.step_done(text, uuid, text, integer, text, jsonb, jsonb, timestamptz, boolean)'
                        ' TO %I', v_executor);
     END LOOP;
+END $$;
+
+-- Whether anything is due that nobody holds. The time in a variable: clock_timestamp() itself is no condition that an index
+-- can be searched by, so that a million parked instances were read one by one.
+CREATE OR REPLACE FUNCTION duroxide.overdue() RETURNS boolean
+LANGUAGE plpgsql STABLE
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $$
+DECLARE
+    v_now timestamptz := clock_timestamp();
+BEGIN
+    RETURN EXISTS (SELECT FROM duroxide.queue q WHERE q.owner IS NULL AND q.wake_at <= v_now);
+END $$;
+
+-- As in 0001. Most of the time nobody has sent anything, and what the worker holds, be it a thousand instances, need not be
+-- looked through at every poll.
+CREATE OR REPLACE FUNCTION duroxide.inbox(p_worker uuid, p_handled bigint[])
+RETURNS TABLE (seq bigint, instance_id text, kind text, name text, data text)
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
+#variable_conflict use_column
+BEGIN
+    IF p_handled <> '{}' THEN
+        UPDATE duroxide.signals s SET seen = true
+         WHERE s.seq IN (SELECT n.seq FROM duroxide.signals n WHERE n.seq = ANY (p_handled) AND NOT n.seen
+                            FOR UPDATE SKIP LOCKED);
+    END IF;
+    IF NOT EXISTS (SELECT FROM duroxide.signals s WHERE NOT s.seen) THEN
+        RETURN;
+    END IF;
+    RETURN QUERY
+    SELECT s.seq, s.instance_id, s.kind, s.name, s.data
+      FROM duroxide.signals s JOIN duroxide.queue q ON q.instance_id = s.instance_id
+     WHERE NOT s.seen AND q.owner = p_worker LIMIT 1000;
 END $$;
