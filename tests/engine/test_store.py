@@ -113,7 +113,7 @@ async def test_step_done_records_what_a_checkpoint_would(database: Database) -> 
                     seen.append(c.rows("SELECT status, output FROM duroxide.instances WHERE id = %s", instance))
                     seen.append(c.rows("SELECT owner, claims FROM duroxide.queue WHERE instance_id = %s", instance))
                 await record(rows[2], Finish("completed", '{"x":"é"}'))
-                seen.append(c.rows("SELECT status, output, error, started_at IS NOT NULL, ended_at >= started_at, updated_at = ended_at "
+                seen.append(c.rows("SELECT status, output, error, started_at IS NOT NULL, ended_at >= started_at, updated_at >= started_at "
                                    "FROM duroxide.instances WHERE id = %s", instance))
                 seen.append(c.rows("SELECT FROM duroxide.queue WHERE instance_id = %s", instance))
                 seen.append(c.rows("SELECT FROM duroxide.signals WHERE instance_id = %s", instance))
