@@ -15,9 +15,12 @@ log = structlog.get_logger("dfproxy")
 _OTHERS: Final = 1000
 
 
-def allow_connections(clients: int) -> None:
-    """Raises the process's soft limit on open files to what `clients` need, each with a connection to the server."""
-    wanted = 2 * clients + SPARE + _OTHERS
+def allow_connections(clients: int, *, each: int = 2) -> None:
+    """Raises the process's soft limit on open files to what `clients` need, which have `each` so many.
+
+    That is one for the client and one for its connection to the server; on the fast path each of them has a second one.
+    """
+    wanted = each * clients + SPARE + _OTHERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import ssl
 from collections.abc import Callable, Sequence
 from enum import IntFlag
-from typing import Final, cast
+from typing import Final, Protocol, cast
 
 import structlog
 
@@ -47,6 +48,26 @@ def _ignore() -> None:
     """An event of a leg that nobody listens to any more."""
 
 
+class Reader(Protocol):
+    """Somebody else than the transport who reads a leg's connection, and may write to it (proxy/fastpath.py).
+
+    What the reader does not want to do itself it leaves to the leg: `send`; `recall` at the end of the stream; `abort`
+    where the connection is broken; `failed` for bugs.
+    """
+
+    def start(self, leg: Leg, transport: asyncio.Transport, fd: int, /) -> None:
+        """Here is the connection, on a descriptor that is closed after `stop`."""
+
+    def resume(self) -> None:
+        """Reads from now on."""
+
+    def pause(self) -> None:
+        """Does not read for the time being."""
+
+    def stop(self) -> None:
+        """Neither reads nor writes any more."""
+
+
 class Leg(asyncio.Protocol):
     """One connection. Its owner sets the `on_…` callables, which run on the event loop and must not raise."""
 
@@ -68,6 +89,9 @@ class Leg(asyncio.Protocol):
         self._parting: asyncio.TimerHandle | None = None  # the next look at a connection that is about to be closed
         self._heard = False  # something, since the last look
         self._part_by = 0.0  # on the loop's clock
+        self._reader: Reader | None = None  # whom the connection is lent to
+        self._lent = -1  # its descriptor there
+        self._on_recalled: Callable[[], None] = _ignore
 
     # --- what asyncio calls ---
 
@@ -112,6 +136,7 @@ class Leg(asyncio.Protocol):
             self.on_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.recall()
         if self._parting is not None:
             self._parting.cancel()
         if self._handshake is not None and not self._handshake.done():
@@ -137,6 +162,7 @@ class Leg(asyncio.Protocol):
         Nothing is handed on before `release(Hold.SECURED)`, so that the caller can look at the outcome. Raises
         ssl.SSLError or ConnectionError where the handshake fails; the leg can only be closed then.
         """
+        self.recall()
         if not self._open:
             raise ConnectionResetError("the connection was closed before the TLS handshake")
         self._handshake = asyncio.get_running_loop().create_future()
@@ -219,6 +245,8 @@ class Leg(asyncio.Protocol):
             return
         if not self._holds and self._open:
             cast(asyncio.Transport, self._transport).pause_reading()
+            if self._reader is not None:
+                self._reader.pause()
         self._holds |= reason
 
     def release(self, reason: Hold) -> None:
@@ -229,7 +257,58 @@ class Leg(asyncio.Protocol):
         if reason is Hold.SECURED and self.tls is not None:
             self._decrypt(self.tls)  # what came together with the end of the handshake
         if not self._holds and self._open:
+            if self._reader is not None:
+                try:
+                    self._reader.resume()
+                except OSError as e:
+                    log.warning("a connection can't be lent any more", peer=self.peer, reason=str(e))
+                    self.recall()
+            else:
+                cast(asyncio.Transport, self._transport).resume_reading()
+
+    # --- lending ---
+
+    def lend(self, reader: Reader, on_recalled: Callable[[], None]) -> bool:
+        """Lets somebody else read the connection, until `recall`, which then calls `on_recalled`.
+
+        False, and nothing changes, where there is more to it than reading: TLS, or an end that was said or heard.
+        Raises OSError where there is no descriptor left.
+        """
+        if self.tls is not None or not self._open or self.ended or self._finished or self._reader is not None:
+            return False
+        transport = cast(asyncio.Transport, self._transport)
+        # A descriptor of its own: an event loop does not let anybody else watch the one that its transport has.
+        fd = os.dup(transport.get_extra_info("socket").fileno())
+        try:
+            reader.start(self, transport, fd)
+            transport.pause_reading()
+            if not self._holds:
+                reader.resume()
+        except BaseException:
+            reader.stop()
+            os.close(fd)
+            if not self._holds:
+                transport.resume_reading()
+            raise
+        self._reader, self._lent, self._on_recalled = reader, fd, on_recalled
+        return True
+
+    def recall(self) -> None:
+        """Has the transport read again; nothing where the connection is not lent."""
+        if self._reader is None:
+            return
+        self._reader.stop()
+        self._reader = None
+        os.close(self._lent)
+        if not self._holds and self._open:
             cast(asyncio.Transport, self._transport).resume_reading()
+        callback, self._on_recalled = self._on_recalled, _ignore
+        callback()
+
+    def failed(self, error: Exception) -> None:
+        """Whoever it is lent to found a bug."""
+        log.error("serving a connection failed", peer=self.peer, exc_info=error)
+        self.abort()
 
     def write(self, chunks: Sequence[bytes | memoryview]) -> None:
         """Writes, or drops where the connection closes, its direction has ended, or a TLS handshake is under way."""
@@ -262,6 +341,7 @@ class Leg(asyncio.Protocol):
 
     def write_eof(self) -> None:
         """Ends this direction after what was written; the other one stays open."""
+        self.recall()
         if self.tls is not None:
             self._end_tls(self.tls)
         elif self._open and not self._finished:
@@ -272,6 +352,7 @@ class Leg(asyncio.Protocol):
 
     def close(self) -> None:
         """Closes after what was written has been delivered."""
+        self.recall()
         if self._transport is not None:
             if self.tls is not None:
                 self._end_tls(self.tls)
@@ -283,6 +364,7 @@ class Leg(asyncio.Protocol):
         Closing a connection while bytes arrive resets it, and the other end may lose what it was told last. So our
         direction is ended first, and what still comes is swallowed until the other end closes or has been silent.
         """
+        self.recall()
         if self._parting is not None:
             return
         if not self._open or self.ended or (self._handshake is not None and not self._handshake.done()):
@@ -331,6 +413,7 @@ class Leg(asyncio.Protocol):
 
     def abort(self) -> None:
         """Closes at once."""
+        self.recall()
         if self._transport is not None:
             self._transport.abort()
 

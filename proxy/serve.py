@@ -19,6 +19,7 @@ import structlog
 import proxy
 from proxy import dsn, wiring
 from proxy.authentication import AuthMode
+from proxy.fastpath import COMPILED
 from proxy.faults import cannot_listen
 from proxy.launch import Launcher
 from proxy.limits import allow_connections
@@ -122,7 +123,7 @@ async def serve_here(ready: Ready, stop: asyncio.Event, *, announce: Callable[[i
     from engine.worker import Worker
 
     settings = ready.settings
-    allow_connections(settings.max_client_connections)
+    allow_connections(settings.max_client_connections, each=4 if settings.fastpath and COMPILED else 2)
     workers = [Worker(wiring.engine_settings(settings, name)) for name in ready.databases]
 
     def on_commit() -> None:
@@ -155,6 +156,7 @@ def _proxy_config(settings: Settings, *, reuse_port: bool = False) -> ProxyConfi
         startup_timeout=settings.startup_timeout, drain_timeout=settings.drain_timeout,
         max_client_connections=settings.max_client_connections,
         tls=wiring.tls_files(settings), tls_required=settings.tls_required, auth=AuthMode(settings.auth),
+        fastpath=settings.fastpath,
     )
 
 

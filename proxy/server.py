@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from proxy.authentication import AuthMode
+from proxy.fastpath import close_board, open_board
 from proxy.hosts import Hosts
 from proxy.launch import Launcher
 from proxy.listening import Listener, adopt
@@ -24,6 +25,9 @@ from proxy.session import Key, Limits, Session
 from proxy.tls import ServerTls, ServerTlsFiles, UpstreamTls
 from proxy.upstream import Address, Upstream
 from proxy.wire.tls_options import TlsConfigError
+
+if TYPE_CHECKING:
+    from proxy._fastpath import Board
 
 log = structlog.get_logger("dfproxy.server")
 
@@ -38,7 +42,8 @@ class ProxyConfig:
     `startup_timeout` runs from a client's connection until it is authenticated, `drain_timeout` from `drain` until what
     is left is cut. `write_buffer` is what may wait for one side of a session before the other is no longer read,
     `max_rewrite` the longest statement that is looked into. `tls` is the certificate for clients, None: TLS is not
-    offered; with `tls_required` it is the only way in.
+    offered; with `tls_required` it is the only way in. `fastpath` lets compiled code relay what is not dfproxy's
+    business, where it was built.
     """
 
     upstream: Upstream | str
@@ -56,6 +61,7 @@ class ProxyConfig:
     tls: ServerTlsFiles | None = None
     tls_required: bool = False
     auth: AuthMode = AuthMode.AUTO
+    fastpath: bool = True
 
 
 #: Connections that may be there beyond `max_client_connections`: those that have not authenticated, and cancel
@@ -103,6 +109,7 @@ class ProxyServer:
         self.tls_required = config.tls_required
         self.auth = config.auth
         self.keys: dict[Key, Address] = {}
+        self.board: Board | None = None
         self.draining = False
         self.impatient = False
         self.cancels = asyncio.Semaphore(_MAX_CANCELS)
@@ -135,6 +142,7 @@ class ProxyServer:
         await listener.open(self._leg)
         self._listener = listener
         self._port = listener.port
+        self.board = open_board(self.rewriter) if config.fastpath else None
         ready = asyncio.Event()
         self._main = asyncio.create_task(self._serve(ready), name="dfproxy-server")
         await ready.wait()
@@ -151,6 +159,9 @@ class ProxyServer:
         self._stop.set()
         if self._main is not None:
             await self._main
+        if self.board is not None:
+            close_board(self.board)
+            self.board = None
         if self._telling is not None:
             self._telling.cancel()
         self.rewriter.close()

@@ -11,11 +11,10 @@ from then on both directions are relayed, and this module is what looks at them 
 from __future__ import annotations
 
 import asyncio
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
@@ -54,6 +53,8 @@ from proxy.wire.messages import (
     Frontend,
     TransactionStatus,
 )
+from proxy.wire.plain import QUERY as _QUERY
+from proxy.wire.plain import SYNC, plain_request, texts
 from proxy.wire.proxy_header import ProxyHeader
 from proxy.wire.states import (
     ASKING,
@@ -68,6 +69,9 @@ from proxy.wire.states import (
     server_event,
 )
 from proxy.wire.tls import ALPN, TlsStream, common_name
+
+if TYPE_CHECKING:
+    from proxy._fastpath import Board, Exchange
 
 log = structlog.get_logger("dfproxy.session")
 
@@ -90,15 +94,9 @@ _ASKED_IN_VAIN: Final = (
 Key = tuple[int, bytes]
 
 # Plain integers for what runs on every message: looking up a member of an enumeration takes as long as the rest of it.
-_QUERY: Final = int(Frontend.QUERY)
 _PARSE: Final = int(Frontend.PARSE)
 _EXECUTE: Final = int(Frontend.EXECUTE)
 _PASSWORD: Final = int(Frontend.PASSWORD)
-_SYNC: Final = int(Frontend.SYNC)
-#: What may stand in a batch besides Sync.
-_BATCHED: Final = frozenset(int(t) for t in (
-    Frontend.PARSE, Frontend.BIND, Frontend.DESCRIBE, Frontend.EXECUTE, Frontend.CLOSE, Frontend.FLUSH))
-_HEADER: Final = struct.Struct(">BI")
 _READY_FOR_QUERY: Final = int(Backend.READY_FOR_QUERY)
 _BETWEEN_TRANSACTIONS: Final = int(TransactionStatus.IDLE)
 
@@ -116,6 +114,8 @@ class Host(Protocol):
     rewriter: Rewriter
     #: Cancel keys of live sessions, and where their server is.
     keys: dict[Key, Address]
+    #: What connections are lent to between requests; None: everything goes through this module.
+    board: Board | None
     draining: bool
     #: While draining: no session begins another transaction.
     impatient: bool
@@ -209,6 +209,9 @@ class Session:
         self._unserved: str | None = None  # the hint for a database without workflows
         self._requests = Requests()
 
+        self._exchange: Exchange | None = None  # while both connections are lent
+        self._lendable = True  # that was not tried yet
+
         self._work: asyncio.Queue[tuple[Frame, bytes, bytes]] = asyncio.Queue(1)
         self._unread: list[Iterator[Item]] = []  # what the client sent, while a large statement is being compiled
 
@@ -285,6 +288,7 @@ class Session:
 
     def stir(self) -> None:
         """Notes that something happened."""
+        self._client.recall()
         self._stirred = asyncio.get_running_loop().time()
         self._quiet = False
 
@@ -297,6 +301,7 @@ class Session:
 
     def dismiss(self) -> None:
         """Ends the session, and says why. One that is not idle loses its transaction."""
+        self._client.recall()
         idle = self.idle or not self._ready
         self._refuse("57P01", "terminating connection because dfproxy is shutting down", hint="Connect again.")
         if self._server is not None:
@@ -510,49 +515,23 @@ class Session:
         That is one Query, or one batch of the extended protocol up to its Sync, in a session that has nothing on its
         way and no prepared statement that mentions df. False: it has to be looked at message by message.
         """
-        size = len(data)
-        if not 5 <= size <= INLINE_LIMIT:
+        if len(data) > INLINE_LIMIT:
             return False
-        type_, length = _HEADER.unpack_from(data)
+        type_ = plain_request(data)
+        if not type_:
+            return False
         rewriter = self._host.rewriter
-        suspect = rewriter.might(data)
-        if type_ == _QUERY:
-            if length != size - 1 or (suspect and rewriter.mentions(data[5:-1])):
-                return False
-        elif self._is_batch(data, size, suspect):
-            type_ = BATCH
-        else:
+        if rewriter.might(data) and any(rewriter.mentions(text) for text in texts(data)):
             return False
-        self._quiet = False
-        self._conversation.sent_alone(type_)
-        self._down.modes = _PLAIN
+        self._sent_alone(type_)
         assert self._server is not None
         self._server.send(data)
         return True
 
-    def _is_batch(self, data: bytes, size: int, suspect: bool) -> bool:
-        """Whether the data is a whole batch that ends with its only Sync and prepares nothing that mentions df.
-
-        `suspect`: there is something in it that might be a mention.
-        """
-        position = 0
-        unpack, batched = _HEADER.unpack_from, _BATCHED
-        while size - position >= 5:
-            type_, length = unpack(data, position)
-            end = position + 1 + length
-            if length < 4 or end > size:
-                return False
-            if type_ == _SYNC:
-                return bool(end == size)
-            if type_ not in batched:
-                return False
-            if suspect and type_ == _PARSE:
-                name = data.find(0, position + 5, end)
-                statement = data.find(0, name + 1, end)
-                if name < 0 or statement < 0 or self._host.rewriter.mentions(data[name + 1 : statement]):
-                    return False
-            position = end
-        return False
+    def _sent_alone(self, type_: int) -> None:
+        self._quiet = False
+        self._conversation.sent_alone(BATCH if type_ == SYNC else type_)
+        self._down.modes = _PLAIN
 
     def _settled(self) -> bool:
         """Whether the next request may go straight on, if it has nothing of interest: nothing else is on its way."""
@@ -696,6 +675,8 @@ class Session:
             self._client.write(out)
         if self._host.draining:
             self.stir()
+        elif self._lendable and self._quiet:
+            self._lend()
 
     def _told(self, type_: int) -> None:
         if not self._ready:
@@ -743,6 +724,66 @@ class Session:
         if event is Event.PASSWORD_MESSAGE and self._startup.phase is not Phase.PASSWORD:
             return self._startup.phase
         return self._startup.advance(event)
+
+    # --- the fast path ---
+
+    def _lend(self) -> None:
+        """Lets requests that nothing has to be done about pass without this module (proxy/fastpath.py)."""
+        board, server = self._host.board, self._server
+        self._lendable = False
+        if board is None or server is None:
+            return
+        from proxy._fastpath import Exchange
+
+        exchange = Exchange(board, _PLAIN, MAX_MESSAGE, INLINE_LIMIT, self._from_client, self._from_server, self._done)
+        try:
+            if not self._client.lend(exchange.client, self._recalled):
+                return
+            self._exchange = exchange
+            if not server.lend(exchange.server, self._recalled):
+                self._client.recall()
+                return
+        except OSError as e:
+            self._log.warning("no descriptors left for the fast path", reason=str(e))
+            self._client.recall()
+            return
+        self._open_exchange()
+
+    def _open_exchange(self) -> None:
+        if self._exchange is not None and self._quiet and self._down.at_boundary:
+            self._exchange.open(self._status or 0, self._concerned)
+
+    def _leave(self) -> None:
+        """Takes up what has passed without this module."""
+        if self._exchange is None:
+            return
+        if type_ := self._exchange.leave():
+            self._sent_alone(type_)
+            self._down.skip(self._exchange.remaining)
+
+    def _recalled(self) -> None:
+        """One leg's connection is not lent any more; then the other's is not, either."""
+        if self._exchange is None:
+            return
+        self._leave()
+        self._exchange = None
+        self._client.recall()
+        if self._server is not None:
+            self._server.recall()
+
+    def _from_client(self, data: bytes) -> None:
+        self._leave()
+        self._to_server(data)
+        self._open_exchange()
+
+    def _from_server(self, data: bytes) -> None:
+        self._leave()
+        self._to_client(data)
+        self._open_exchange()
+
+    def _done(self, status: int) -> None:
+        """A reply that has passed without this module is complete."""
+        self._between(status)
 
     # --- authentication ---
 

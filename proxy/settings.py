@@ -125,6 +125,7 @@ class Settings(BaseModel):
 
     # Clients
     max_client_connections: int = Field(1000, ge=1, le=1_000_000, description="clients at a time, per process")
+    fastpath: bool = Field(True, description="relay plain requests by compiled code, where it was built")
     startup_timeout: float = Field(30.0, gt=0, le=3600, description="for a client's start-up and authentication")
 
     # TLS and passwords of clients. What the server is told stands in the upstream: sslmode, sslrootcert, ...

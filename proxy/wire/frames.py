@@ -203,6 +203,10 @@ class FrameSplitter:
         """Whether everything fed so far ends exactly where a message ends."""
         return self._remaining == 0 and not self._head and self._whole is None
 
+    def skip(self, size: int) -> None:
+        """The next `size` bytes are the rest of a message that passes; to be called at a boundary."""
+        self._remaining = size
+
     def skim(self, data: bytes, last: int) -> int:
         """Takes `data` if all of it passes without a word, which most does, in one go and without a generator.
 

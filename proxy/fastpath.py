@@ -1,0 +1,49 @@
+"""The fast path: requests without anything of ours in them, and their replies, relayed without entering Python.
+
+Where the compiled module is there (it is built at installation, where there is a C compiler and Linux's headers), a
+session between two requests lends the descriptors of its two connections. Each is then read by compiled code: a
+request that is one whole Query or batch, mentions nothing of ours, and comes while nothing else is on its way, is
+written to the server at once, and so is the reply to it. Whatever else arrives is given to proxy/session.py as if its
+transport had read it. Connections inside of TLS are never lent.
+
+What is decided there is what proxy/wire/plain.py, dsl.compiler and FrameSplitter.skim decide here; tests compare them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from dsl import compiler
+from proxy.rewriter import Rewriter
+
+if TYPE_CHECKING:
+    from proxy._fastpath import Board
+
+try:
+    from proxy import _fastpath
+except ImportError:
+    _built = False
+else:
+    _built = True
+
+#: Whether there is compiled code.
+COMPILED: Final = _built
+
+
+def open_board(rewriter: Rewriter) -> Board | None:
+    """What sessions of the running loop lend their descriptors to; None where there is nothing compiled for it.
+
+    To be closed by `close_board` when the last of them has ended.
+    """
+    if not COMPILED or rewriter.mentions is not compiler.mentions_dsl:
+        return None
+    board = _fastpath.Board()
+    asyncio.get_running_loop().add_reader(board.fileno(), board.ready)
+    return board
+
+
+def close_board(board: Board) -> None:
+    """Ends what `open_board` has begun."""
+    asyncio.get_running_loop().remove_reader(board.fileno())
+    board.close()
