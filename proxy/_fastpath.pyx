@@ -6,6 +6,7 @@ Nothing here parses more than message headers. Every index is checked against th
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
+from libc.string cimport memcpy
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
@@ -109,8 +110,12 @@ cdef bint is_suspect(Octets p, Py_ssize_t size) noexcept nogil:
     return False
 
 
-cdef int skim(Octets p, Py_ssize_t size, Octets modes, unsigned int most, long long* remaining) noexcept nogil:
-    """As proxy.wire.frames.FrameSplitter.skim with ReadyForQuery as the last message: 0, Z, or -1."""
+cdef int skim(Octets p, Py_ssize_t size, Octets modes, unsigned int most, long long* remaining,
+              int* tail) noexcept nogil:
+    """As proxy.wire.frames.FrameSplitter.skim with ReadyForQuery as the last message: 0, Z, or -1.
+
+    But for a header of which only a part is there: those bytes, whose number is `tail`, are not taken.
+    """
     cdef long long at = remaining[0]
     cdef unsigned int length
     while size - at >= HEADER:
@@ -120,12 +125,11 @@ cdef int skim(Octets p, Py_ssize_t size, Octets modes, unsigned int most, long l
         if modes[p[at]]:
             if p[at] != c'Z' or at + 1 + length != size:
                 return -1
-            remaining[0] = 0
+            remaining[0] = tail[0] = 0
             return c'Z'
         at += 1 + <long long> length
-    if at < size:
-        return -1
-    remaining[0] = at - size
+    tail[0] = <int> (size - at) if at < size else 0
+    remaining[0] = at - size if at > size else 0
     return 0
 
 
@@ -136,10 +140,11 @@ def plain_request(bytes data):
 
 
 def skimmed(bytes data, bytes modes, unsigned int most, long long remaining):
-    """What `skim` says, for the tests: its result, and what remains."""
+    """What `skim` says, for the tests: its result, what remains, and how many bytes are not taken."""
     assert len(modes) == 256
-    cdef int last = skim(<Octets> data, len(data), <Octets> modes, most, &remaining)
-    return last, remaining
+    cdef int tail = 0
+    cdef int last = skim(<Octets> data, len(data), <Octets> modes, most, &remaining, &tail)
+    return last, remaining, tail
 
 
 # --- what is done ---
@@ -230,12 +235,14 @@ cdef class End:
         self.fd = -1
 
     cdef readable(self):
-        cdef ssize_t size = recv(self.fd, BUFFER, BUFFER_SIZE, MSG_DONTWAIT)
+        cdef int before = 0 if self.client else self.exchange.put_tail()
+        cdef ssize_t size = recv(self.fd, BUFFER + before, BUFFER_SIZE - before, MSG_DONTWAIT)
         if size > 0:
             if self.client:
                 self.exchange.request(size)
             else:
-                self.exchange.reply(size)
+                self.exchange.tail_size = 0
+                self.exchange.reply(before + size)
         elif size == 0:
             self.leg.recall()  # the transport finds the end of the stream itself
         elif errno != EAGAIN and errno != EINTR:
@@ -271,6 +278,8 @@ cdef class Exchange:
     cdef int kind, status
     cdef bint told
     cdef long long _remaining
+    cdef unsigned char tail_bytes[HEADER]
+    cdef int tail_size
 
     def __init__(self, Board board, bytes modes, unsigned int most, Py_ssize_t limit, on_request, on_reply, on_done):
         if len(modes) != 256:
@@ -298,6 +307,17 @@ cdef class Exchange:
         """Payload bytes to come of a message of the reply, of which a part has gone on."""
         return self._remaining
 
+    def take_tail(self):
+        """The bytes of a header of the reply of which the rest is to come; they have not gone on."""
+        cdef bytes taken = PyBytes_FromStringAndSize(<char*> self.tail_bytes, self.tail_size)
+        self.tail_size = 0
+        return taken
+
+    cdef int put_tail(self) noexcept:
+        """Puts those bytes before what is to be received next, and returns their number."""
+        memcpy(BUFFER, self.tail_bytes, self.tail_size)
+        return self.tail_size
+
     cdef request(self, Py_ssize_t size):
         if self.state == OPEN and size <= self.limit:
             self.kind = kind_of(BUFFER, size)
@@ -309,12 +329,16 @@ cdef class Exchange:
         self.on_request(PyBytes_FromStringAndSize(<char*> BUFFER, size))
 
     cdef reply(self, Py_ssize_t size):
-        cdef int last, status
+        cdef int last, status, tail = 0
         if self.state == BUSY:
-            last = skim(BUFFER, size, <Octets> self.modes, self.most, &self._remaining)
+            last = skim(BUFFER, size, <Octets> self.modes, self.most, &self._remaining, &tail)
             if last >= 0:
                 status = BUFFER[size - 1]
-                self.client.write(size)
+                if tail:
+                    memcpy(self.tail_bytes, BUFFER + size - tail, tail)
+                    self.tail_size = tail
+                if size > tail:
+                    self.client.write(size - tail)
                 if last and self.state == BUSY:
                     self.state = OPEN
                     if self.told or status != self.status:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from dsl import compiler
 from proxy.rewriter import Rewriter
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def open_board(rewriter: Rewriter) -> Board | None:
 
     To be closed by `close_board` when the last of them has ended.
     """
-    if not COMPILED or rewriter.mentions is not compiler.mentions_dsl:
+    if not COMPILED or not rewriter.narrow:
         return None
     board = _fastpath.Board()
     asyncio.get_running_loop().add_reader(board.fileno(), board.ready)

@@ -68,7 +68,8 @@ class Rewriter:
     """Rewrites statements for all sessions of a process.
 
     `mentions` and `compile_` are those of dsl.compiler unless given. `cache_size` counts statements. `might` searches
-    whole messages quickly for what may be a mention; where it says no, `mentions` is not asked.
+    whole messages quickly for what may be a mention; where it says no, `mentions` is not asked. `narrow` means that the
+    `mentions` given says yes to nothing that dsl.compiler's says no to: then the fast path may search in its place.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class Rewriter:
         might: Callable[[bytes], bool] | None = None,
         compile_: Compile | None = None,
         cache_size: int = 1024,
+        narrow: bool = False,
     ) -> None:
+        self.narrow = narrow or mentions is None
         if mentions is None or compile_ is None:
             from dsl import compiler
 

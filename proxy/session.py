@@ -759,7 +759,7 @@ class Session:
             return
         if type_ := self._exchange.leave():
             self._sent_alone(type_)
-            self._down.skip(self._exchange.remaining)
+            self._down.go_on(self._exchange.remaining, self._exchange.take_tail())
 
     def _recalled(self) -> None:
         """One leg's connection is not lent any more; then the other's is not, either."""

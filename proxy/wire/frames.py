@@ -203,9 +203,12 @@ class FrameSplitter:
         """Whether everything fed so far ends exactly where a message ends."""
         return self._remaining == 0 and not self._head and self._whole is None
 
-    def skip(self, size: int) -> None:
-        """The next `size` bytes are the rest of a message that passes; to be called at a boundary."""
-        self._remaining = size
+    def go_on(self, remaining: int, head: bytes) -> None:
+        """Goes on where somebody else has stopped, from a boundary on.
+
+        `remaining` bytes are to come of a message that passes; or `head` is the part of a header that has come.
+        """
+        self._remaining, self._head = remaining, head
 
     def skim(self, data: bytes, last: int) -> int:
         """Takes `data` if all of it passes without a word, which most does, in one go and without a generator.

@@ -18,7 +18,7 @@ from proxy.rewriter import Rewriter
 from tests.differential.runner import PLAYGROUND, Scene
 from tests.differential.wireclient import Address
 from tests.fix_postgres import Database, fresh_database, versions
-from tests.proxy.proxies import RunningProxy, running_proxy
+from tests.proxy.proxies import RunningProxy, fastpath_at, running_proxy
 
 
 @dataclass
@@ -46,7 +46,7 @@ def _set_up(cluster: Cluster, version: int) -> Iterator[Stage]:
             admin.execute(sql.SQL("ALTER ROLE {} IN DATABASE {} SET search_path = {}, public").format(
                 role, sql.Identifier(database.name), sql.Identifier(PLAYGROUND)))
             admin.execute(sql.SQL("GRANT ALL ON ALL TABLES IN SCHEMA public TO {}").format(role))
-            with running_proxy(database.dsn(), rewriter=Rewriter()) as proxy:
+            with running_proxy(database.dsn(), rewriter=Rewriter(), fastpath=fastpath_at(version)) as proxy:
                 address = ("127.0.0.1", cluster.port or 0)
                 yield Stage(Scene(address, database.owner, database.name, admin), proxy, database, version)
 

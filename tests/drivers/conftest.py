@@ -15,7 +15,7 @@ from engine.migrate import migrate
 from proxy.embedded import Cluster
 from proxy.rewriter import Rewriter
 from tests.fix_postgres import Database, fresh_database
-from tests.proxy.proxies import RunningProxy, running_proxy
+from tests.proxy.proxies import RunningProxy, fastpath_at, running_proxy
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Endpoint:
 def _served(cluster: Cluster, pg_version: int) -> Iterator[tuple[Database, RunningProxy]]:
     with fresh_database(cluster, pg_version) as database:
         asyncio.run(migrate(database.dsn()))
-        with running_proxy(database.dsn(), rewriter=Rewriter()) as proxy:
+        with running_proxy(database.dsn(), rewriter=Rewriter(), fastpath=fastpath_at(pg_version)) as proxy:
             yield database, proxy
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.fix_postgres import Database
 from tests.proxy.fix_tls import files, plain_cluster, proxy_pair, tls_cluster
-from tests.proxy.proxies import RunningProxy, running_proxy
+from tests.proxy.proxies import RunningProxy, fastpath_at, running_proxy
 
 __all__ = ["files", "plain_cluster", "proxied", "proxied18", "proxy_pair", "tls_cluster"]
 
@@ -16,7 +16,7 @@ __all__ = ["files", "plain_cluster", "proxied", "proxied18", "proxy_pair", "tls_
 @pytest.fixture
 def proxied(database: Database) -> Iterator[RunningProxy]:
     """A proxy before the fresh database of each version."""
-    with running_proxy(database.dsn()) as proxy:
+    with running_proxy(database.dsn(), fastpath=fastpath_at(database.version)) as proxy:
         yield proxy
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,10 +16,20 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from dsl.compiler import mentions_dsl
 from proxy.rewriter import Rewriter
 from proxy.server import ProxyConfig, ProxyServer
+from tests.fix_postgres import versions
 
 T = TypeVar("T")
+
+#: DFPROXY_TEST_FASTPATH=off: everything goes through Python.
+_FASTPATH = os.environ.get("DFPROXY_TEST_FASTPATH") != "off"
+
+
+def fastpath_at(version: int) -> bool:
+    """Whether a test of several PostgreSQL versions has the fast path with this one: both ways are to be seen."""
+    return _FASTPATH and version == versions()[0]
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ def compile_stub(sql: str, *, standard_conforming_strings: bool) -> Replaced | N
 
 
 def mentions_stub(statement: bytes) -> bool:
-    return b"df." in statement
+    return b"df." in statement and mentions_dsl(statement)
 
 
 @dataclass
@@ -115,9 +126,9 @@ def running_proxy(upstream: str, *, rewriter: Rewriter | None = None, port: int 
     async def serve() -> None:
         commits: list[int] = []
         server = ProxyServer(
-            ProxyConfig(upstream=upstream, port=port, **config),
+            ProxyConfig(upstream=upstream, port=port, **{"fastpath": _FASTPATH, **config}),
             on_commit=lambda: commits.append(1),
-            rewriter=rewriter or Rewriter(mentions=mentions_stub, might=mentions_stub, compile_=compile_stub),
+            rewriter=rewriter or Rewriter(mentions=mentions_stub, might=mentions_stub, compile_=compile_stub, narrow=True),
         )
         guessed: list[int] = []
         if not guesses:

@@ -20,7 +20,7 @@ from tests.proxy.proxies import compile_stub, mentions_stub
 
 
 async def _serve(upstream: str) -> None:
-    rewriter = Rewriter(mentions=mentions_stub, might=mentions_stub, compile_=compile_stub)
+    rewriter = Rewriter(mentions=mentions_stub, might=mentions_stub, compile_=compile_stub, narrow=True)
     async with ProxyServer(ProxyConfig(upstream=upstream, port=0), rewriter=rewriter) as server:
         print(server.port, flush=True)
         await asyncio.to_thread(sys.stdin.read)
