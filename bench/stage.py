@@ -105,7 +105,7 @@ class Stage:
         with psycopg.connect(self.uri(), autocommit=True) as c:
             if c.execute("SELECT to_regclass('pgbench_accounts')").fetchone() != (None,):
                 return
-        subprocess.run([str(self.cluster.bin_dir / "pgbench"), "-i", "-q", "-s", "10", self.uri()], check=True,
+        subprocess.run([str(self.cluster.bin_dir / "pgbench"), "-i", "-q", self.uri()], check=True,
                        capture_output=True)
 
     def pgbench(self, program: Program, *arguments: str, clients: int, transactions: int) -> Run:

@@ -19,6 +19,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from proxy.fastpath import COMPILED
 from tests import command
 from tests.fix_postgres import Database, free_port, running_cluster, versions
 
@@ -330,6 +331,9 @@ def test_doctor_from_an_empty_database_to_a_served_one(tmp_path: Path, database1
     assert call(tmp_path, "init", DFPROXY_UPSTREAM=uri).returncode == 0
     idle = call(tmp_path, "doctor", DFPROXY_UPSTREAM=uri)
     assert (idle.returncode, "none alive" in idle.stdout) == (1, True)
+    assert ("compiled" if COMPILED else "not built") in idle.stdout
+    off = call(tmp_path, "doctor", DFPROXY_UPSTREAM=uri, DFPROXY_FASTPATH="off")
+    assert "switched off" in off.stdout
     with running(tmp_path, "worker", ready="worker ready", DFPROXY_UPSTREAM=uri):
         wait_until(lambda: call(tmp_path, "doctor", DFPROXY_UPSTREAM=uri).returncode == 0,
                    "doctor still finds something with a worker there")
