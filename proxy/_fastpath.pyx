@@ -39,6 +39,7 @@ ctypedef const unsigned char* Octets
 cdef enum:
     BUFFER_SIZE = 262144
     EVENTS = 64
+    ROUNDS = 4  #: of looking for more before the event loop has its turn: while there is much to do it saves its wait
     HEADER = 5
 
 #: What was received last. One for all: it is empty again before anything else is received.
@@ -181,20 +182,23 @@ cdef class Board:
     def ready(self):
         """Serves what has become readable."""
         cdef epoll_event events[EVENTS]
-        cdef int count, i
+        cdef int count, i, round
         cdef End end
-        count = epoll_wait(self._set, events, EVENTS, 0)
-        for i in range(count):
-            # One that is not lent any more may be among them; where its number was lent again, there is nothing to
-            # read yet.
-            end = self._ends.get(events[i].data.fd)
-            if end is None or not end.reading:
-                continue
-            try:
-                end.readable()
-            except Exception as e:
-                # A bug that one session found must not harm the others.
-                end.leg.failed(e)
+        for round in range(ROUNDS):
+            count = epoll_wait(self._set, events, EVENTS, 0)
+            for i in range(count):
+                # One that is not lent any more may be among them; where its number was lent again, there is nothing to
+                # read yet.
+                end = self._ends.get(events[i].data.fd)
+                if end is None or not end.reading:
+                    continue
+                try:
+                    end.readable()
+                except Exception as e:
+                    # A bug that one session found must not harm the others.
+                    end.leg.failed(e)
+            if count < 2:
+                break
 
     cdef watch(self, int fd, bint on):
         cdef epoll_event event
