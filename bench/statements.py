@@ -19,7 +19,7 @@ MENTION_SAME = "SELECT 12345 AS x, 'df.start' AS y;\n"
 #: A constant graph of operators, which becomes function calls.
 REWRITTEN = "\\set aid random(1, 1000000)\nSELECT 'SELECT :aid' ~> 'SELECT 2' AS x;\n"
 REWRITTEN_SAME = "SELECT 'SELECT 1' ~> 'SELECT 2' AS x;\n"
-CLIENTS, TRANSACTIONS, REPEATS = 8, 250, 3
+CLIENTS, TRANSACTIONS, REPEATS = 8, 1000, 3
 
 
 def run(stage: Stage) -> Iterator[Row]:
