@@ -279,7 +279,8 @@ async def fast_path(_: asyncpg.Connection, settings: Settings) -> list[Finding]:
         return [Finding(name, Level.NOTE, "switched off (fastpath)")]
     if not COMPILED:
         return [Finding(name, Level.NOTE, "not built: Python relays everything",
-                        "for a few microseconds less on each request, install dfproxy again where there is a C compiler (Debian: apt-get install gcc python3-dev)")]
+                        "for a few microseconds less on each request, install dfproxy again where there"
+                        " is a C compiler (Debian: apt-get install gcc python3-dev)")]
     return [Finding(name, Level.OK, "compiled")]
 
 
