@@ -159,9 +159,10 @@ def test_plain_statements_do_not_come_to_python(calls: list[bytes], database18: 
         assert calls == []
         with pytest.raises(psycopg.errors.DivisionByZero):
             c.execute("SELECT 1 / 0")
-        assert len(calls) == 1  # errors are read
+        assert 1 <= len(calls) <= 2  # errors are read
+        calls.clear()
         c.execute("SELECT 4")
-        assert len(calls) == 1
+        assert calls == []
 
 
 def test_without_it_everything_comes_to_python(calls: list[bytes], database18: Database) -> None:
