@@ -16,12 +16,16 @@ LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, pg_temp
 SET enable_seqscan = off
 AS $$
-DECLARE
-    v_started timestamptz;
 BEGIN
+    -- Whoever deletes an instance locks its row before the queue's; in the other order the two would wait for each other.
     IF p_ends THEN
-        DELETE FROM duroxide.queue q WHERE q.instance_id = p_instance AND q.token = p_token
-        RETURNING q.started_at INTO v_started;
+        -- A cancel that committed first has set the status already; it stays.
+        UPDATE duroxide.instances i
+           SET status = 'completed', output = p_result, error = NULL, started_at = q.started_at,
+               updated_at = clock_timestamp(), ended_at = clock_timestamp()
+          FROM duroxide.queue q
+         WHERE i.id = p_instance AND i.status IN ('pending', 'running') AND q.instance_id = p_instance AND q.token = p_token;
+        DELETE FROM duroxide.queue q WHERE q.instance_id = p_instance AND q.token = p_token;
     ELSE
         PERFORM FROM duroxide.queue q WHERE q.instance_id = p_instance AND q.token = p_token FOR UPDATE;
     END IF;
@@ -34,11 +38,6 @@ BEGIN
        SET event = EXCLUDED.event, result = EXCLUDED.result, types = EXCLUDED.types, error = NULL, meta = EXCLUDED.meta,
            started_at = COALESCE(EXCLUDED.started_at, h.started_at), ended_at = EXCLUDED.ended_at;
     IF p_ends THEN
-        -- A cancel that committed first has set the status already; it stays.
-        UPDATE duroxide.instances
-           SET status = 'completed', output = p_result, error = NULL, started_at = v_started,
-               updated_at = clock_timestamp(), ended_at = clock_timestamp()
-         WHERE id = p_instance AND status IN ('pending', 'running');
         DELETE FROM duroxide.signals WHERE instance_id = p_instance;
     END IF;
 END $$;
@@ -147,4 +146,91 @@ BEGIN
     SELECT s.seq, s.instance_id, s.kind, s.name, s.data
       FROM duroxide.signals s JOIN duroxide.queue q ON q.instance_id = s.instance_id
      WHERE NOT s.seen AND q.owner = p_worker LIMIT 1000;
+END $$;
+
+-- As in 0001, but for the order of locks: that of step_done.
+CREATE OR REPLACE FUNCTION duroxide.checkpoint(
+    p_instance text, p_token uuid, p_rows jsonb, p_result text DEFAULT NULL,
+    p_consumed bigint[] DEFAULT NULL, p_prune text[] DEFAULT NULL, p_keep jsonb DEFAULT NULL,
+    p_park timestamptz DEFAULT NULL, p_finish jsonb DEFAULT NULL)
+RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $$
+DECLARE
+    v_started timestamptz;
+    v_path text;
+BEGIN
+    IF p_finish IS NOT NULL THEN
+        PERFORM FROM duroxide.instances i WHERE i.id = p_instance FOR NO KEY UPDATE;
+    END IF;
+    SELECT q.started_at INTO v_started FROM duroxide.queue q
+     WHERE q.instance_id = p_instance AND q.token = p_token FOR UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'lease on instance % lost', p_instance USING ERRCODE = 'DF001';
+    END IF;
+    INSERT INTO duroxide.history AS h
+           (instance_id, execution, node, event, result, types, error, meta, started_at)
+    SELECT p_instance, r.execution, r.node, r.event, CASE WHEN r.big THEN p_result ELSE r.result END,
+           r.types, r.error, r.meta, r.started_at
+      FROM jsonb_to_recordset(p_rows) AS r(execution text, node integer, event text, result text, big boolean,
+                                           types jsonb, error jsonb, meta jsonb, started_at timestamptz)
+    ON CONFLICT (instance_id, execution, node) DO UPDATE
+       SET event = EXCLUDED.event, result = EXCLUDED.result, types = EXCLUDED.types, error = EXCLUDED.error,
+           meta = CASE EXCLUDED.event WHEN 'failed' THEN COALESCE(EXCLUDED.meta, h.meta) ELSE EXCLUDED.meta END,
+           started_at = COALESCE(EXCLUDED.started_at, h.started_at),
+           ended_at = EXCLUDED.ended_at;
+    IF p_consumed IS NOT NULL THEN
+        DELETE FROM duroxide.signals WHERE seq = ANY (p_consumed) AND instance_id = p_instance;
+    END IF;
+    IF p_prune IS NOT NULL THEN
+        FOREACH v_path IN ARRAY p_prune LOOP
+            DELETE FROM duroxide.history h
+             WHERE h.instance_id = p_instance
+               AND (h.execution = v_path OR (h.execution > v_path || '/' AND h.execution < v_path || '0'))
+               AND NOT COALESCE(p_keep, '[]') @> jsonb_build_array(jsonb_build_array(h.execution, h.node));
+        END LOOP;
+    END IF;
+    IF p_finish IS NOT NULL THEN
+        -- A cancel that committed first has set the status already; it stays.
+        UPDATE duroxide.instances
+           SET status = p_finish->>'status',
+               output = CASE WHEN (p_finish->>'output_is_result')::boolean THEN p_result ELSE p_finish->>'output' END,
+               error = NULLIF(p_finish->'error', 'null'), started_at = v_started,
+               updated_at = clock_timestamp(), ended_at = clock_timestamp()
+         WHERE id = p_instance AND status IN ('pending', 'running');
+        DELETE FROM duroxide.queue WHERE instance_id = p_instance;
+        DELETE FROM duroxide.signals WHERE instance_id = p_instance;
+    ELSIF p_park IS NOT NULL THEN
+        UPDATE duroxide.queue SET owner = NULL, token = NULL, wake_at = p_park WHERE instance_id = p_instance;
+    END IF;
+END $$;
+
+-- Several checkpoints in one transaction, each as the JSON array of checkpoint's arguments in their text form. Returns the
+-- places (from 1) of those whose lease is lost; the others are written.
+CREATE OR REPLACE FUNCTION duroxide.checkpoints(p_items jsonb) RETURNS integer[]
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $$
+DECLARE
+    v_item jsonb;
+    v_place integer := 0;
+    v_lost integer[] := '{}';
+BEGIN
+    FOR v_item IN SELECT e.value FROM jsonb_array_elements(p_items) WITH ORDINALITY AS e(value, n) ORDER BY e.n LOOP
+        v_place := v_place + 1;
+        IF v_item->>8 IS NOT NULL THEN
+            PERFORM FROM duroxide.instances i WHERE i.id = v_item->>0 FOR NO KEY UPDATE;
+        END IF;
+        PERFORM FROM duroxide.queue q WHERE q.instance_id = v_item->>0 AND q.token = (v_item->>1)::uuid FOR UPDATE;
+        IF FOUND THEN
+            PERFORM duroxide.checkpoint(v_item->>0, (v_item->>1)::uuid, (v_item->>2)::jsonb, v_item->>3, (v_item->>4)::bigint[],
+                                        (v_item->>5)::text[], (v_item->>6)::jsonb, (v_item->>7)::timestamptz, (v_item->>8)::jsonb);
+        ELSE
+            v_lost := v_lost || v_place;
+        END IF;
+    END LOOP;
+    RETURN v_lost;
 END $$;

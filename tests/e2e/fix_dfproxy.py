@@ -141,7 +141,6 @@ def _kept(_all_clusters: dict[int, Cluster]) -> Iterator[Callable[[int], Through
 
 #: Takes away what a test has left: workflows, variables, and everything in schema public.
 _CLEAN = """
-SELECT df.delete_instance(id, force => true) FROM duroxide.instances;
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
  WHERE datname = current_database() AND application_name = 'dfproxy:step' AND state <> 'idle';
 DELETE FROM duroxide.vars;
@@ -157,6 +156,9 @@ def _cleaned(through: Through) -> Iterator[Through]:
     assert through.proxy.process.poll() is None, f"the proxy that tests share has ended:\n{through.proxy.log.read_text()[-4000:]}"
     with psycopg.connect(through.database.superuser_dsn, autocommit=True) as c:
         c.execute("SET client_min_messages = warning")
+        # One transaction each: to delete several while the worker ends several could be a deadlock.
+        for (instance,) in c.execute("SELECT id FROM duroxide.instances").fetchall():
+            c.execute("SELECT df.delete_instance(%s, force => true)", [instance])
         for statement in _CLEAN.split(";"):
             c.execute(statement)  # type: ignore[call-overload]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -290,6 +291,42 @@ async def test_an_instance_deleted_behind_the_worker_s_back(database18: Database
             assert len((await store.poll(10)).claims) == 1
             assert await store.load([instance], []) == {}
         assert c.one("SELECT count(*) FROM duroxide.queue") == 0
+
+
+@pytest.mark.parametrize("how", ["step_done", "checkpoint", "checkpoints"])
+async def test_a_delete_and_an_end_do_not_wait_for_each_other(database18: Database, how: str) -> None:
+    """Both lock the instance before its place in the queue: in different orders that would be a deadlock."""
+    await install(database18)
+    with Client(database18) as c, Client(database18) as other:
+        instance = c.start(sql("SELECT 1"))
+        async with opened(database18) as store, asyncio.TaskGroup() as group:
+            [claim] = (await store.poll(10)).claims
+            other.execute("BEGIN")
+            other.execute("SELECT FROM duroxide.instances WHERE id = %s FOR UPDATE", instance)  # as a DELETE begins
+            arguments = checkpoint_arguments(instance, claim.token, Changes(finish=Finish("completed", "1")))
+            match how:
+                case "step_done":
+                    end = store.execute("CALL duroxide.step_done($1, $2::text::uuid, '', 0, '1', NULL, NULL, NULL, true)",
+                                        instance, claim.token)
+                case "checkpoint":
+                    end = store.execute(CHECKPOINT, *arguments)
+                case _:
+                    end = store.execute("SELECT duroxide.checkpoints($1)", json.dumps([arguments]))
+
+            async def refused() -> str:
+                try:
+                    await end
+                except asyncpg.PostgresError as e:
+                    return str(e.sqlstate)
+                return ""
+
+            task = group.create_task(refused())
+            await until(lambda: c.one("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = "
+                                      "current_database()") == 1)
+            await asyncio.to_thread(other.execute, "DELETE FROM duroxide.instances WHERE id = %s", instance)
+            other.execute("COMMIT")
+            assert await task == ("" if how == "checkpoints" else "DF001")  # which says whose lease is lost in its answer
+        assert c.one("SELECT count(*) FROM duroxide.history") == 0
 
 
 async def test_identity_report(database18: Database) -> None:
