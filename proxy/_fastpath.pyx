@@ -6,6 +6,7 @@ Nothing here parses more than message headers. Every index is checked against th
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -41,9 +42,6 @@ cdef enum:
     EVENTS = 64
     ROUNDS = 4  #: of looking for more before the event loop has its turn: while there is much to do it saves its wait
     HEADER = 5
-
-#: What was received last. One for all: it is empty again before anything else is received.
-cdef unsigned char BUFFER[BUFFER_SIZE]
 
 cdef enum State:
     CLOSED  #: everything is looked at in Python
@@ -159,15 +157,22 @@ cdef class Board:
 
     cdef int _set
     cdef dict _ends
+    #: What was received last. One for all: it is empty again before anything else is received.
+    cdef unsigned char* buffer
 
     def __cinit__(self):
         self._ends = {}
+        self._set = -1
+        self.buffer = <unsigned char*> malloc(BUFFER_SIZE)
+        if self.buffer == NULL:
+            raise MemoryError
         self._set = epoll_create1(EPOLL_CLOEXEC)
         if self._set < 0:
             raise OSError(errno, "no epoll set")
 
     def __dealloc__(self):
         self.close()
+        free(self.buffer)
 
     def fileno(self):
         """The epoll set's descriptor."""
@@ -240,7 +245,7 @@ cdef class End:
 
     cdef readable(self):
         cdef int before = 0 if self.client else self.exchange.put_tail()
-        cdef ssize_t size = recv(self.fd, BUFFER + before, BUFFER_SIZE - before, MSG_DONTWAIT)
+        cdef ssize_t size = recv(self.fd, self.exchange.board.buffer + before, BUFFER_SIZE - before, MSG_DONTWAIT)
         if size > 0:
             if self.client:
                 self.exchange.request(size)
@@ -255,13 +260,14 @@ cdef class End:
     cdef write(self, Py_ssize_t size):
         """Writes what was received by the other end, after what the transport has still to write."""
         cdef ssize_t sent = 0
+        cdef unsigned char* buffer = self.exchange.board.buffer
         if self.fd >= 0 and self.pending() == 0:
-            sent = send(self.fd, BUFFER, size, MSG_DONTWAIT | MSG_NOSIGNAL)
+            sent = send(self.fd, buffer, size, MSG_DONTWAIT | MSG_NOSIGNAL)
             if sent == size:
                 return
             if sent < 0:
                 sent = 0  # no room, or an error that the transport finds, too
-        self.leg.send(PyBytes_FromStringAndSize(<char*> BUFFER + sent, size - sent))
+        self.leg.send(PyBytes_FromStringAndSize(<char*> buffer + sent, size - sent))
 
 
 cdef class Exchange:
@@ -319,27 +325,29 @@ cdef class Exchange:
 
     cdef int put_tail(self) noexcept:
         """Puts those bytes before what is to be received next, and returns their number."""
-        memcpy(BUFFER, self.tail_bytes, self.tail_size)
+        memcpy(self.board.buffer, self.tail_bytes, self.tail_size)
         return self.tail_size
 
     cdef request(self, Py_ssize_t size):
+        cdef unsigned char* buffer = self.board.buffer
         if self.state == OPEN and size <= self.limit:
-            self.kind = kind_of(BUFFER, size)
-            if self.kind and not is_suspect(BUFFER, size):
+            self.kind = kind_of(buffer, size)
+            if self.kind and not is_suspect(buffer, size):
                 self.state = BUSY
                 self._remaining = 0
                 self.server.write(size)
                 return
-        self.on_request(PyBytes_FromStringAndSize(<char*> BUFFER, size))
+        self.on_request(PyBytes_FromStringAndSize(<char*> buffer, size))
 
     cdef reply(self, Py_ssize_t size):
         cdef int last, status, tail = 0
+        cdef unsigned char* buffer = self.board.buffer
         if self.state == BUSY:
-            last = skim(BUFFER, size, <Octets> self.modes, self.most, &self._remaining, &tail)
+            last = skim(buffer, size, <Octets> self.modes, self.most, &self._remaining, &tail)
             if last >= 0:
-                status = BUFFER[size - 1]
+                status = buffer[size - 1]
                 if tail:
-                    memcpy(self.tail_bytes, BUFFER + size - tail, tail)
+                    memcpy(self.tail_bytes, buffer + size - tail, tail)
                     self.tail_size = tail
                 if size > tail:
                     self.client.write(size - tail)
@@ -349,4 +357,4 @@ cdef class Exchange:
                         self.status = status
                         self.on_done(status)
                 return
-        self.on_reply(PyBytes_FromStringAndSize(<char*> BUFFER, size))
+        self.on_reply(PyBytes_FromStringAndSize(<char*> buffer, size))
