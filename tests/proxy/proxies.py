@@ -24,12 +24,12 @@ from tests.fix_postgres import versions
 T = TypeVar("T")
 
 #: DFPROXY_TEST_FASTPATH=off: everything goes through Python.
-_FASTPATH = os.environ.get("DFPROXY_TEST_FASTPATH") != "off"
+FASTPATH = os.environ.get("DFPROXY_TEST_FASTPATH") != "off"
 
 
 def fastpath_at(version: int) -> bool:
     """Whether a test of several PostgreSQL versions has the fast path with this one: both ways are to be seen."""
-    return _FASTPATH and version == versions()[0]
+    return FASTPATH and version == versions()[0]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def running_proxy(upstream: str, *, rewriter: Rewriter | None = None, port: int 
     async def serve() -> None:
         commits: list[int] = []
         server = ProxyServer(
-            ProxyConfig(upstream=upstream, port=port, **{"fastpath": _FASTPATH, **config}),
+            ProxyConfig(upstream=upstream, port=port, **{"fastpath": FASTPATH, **config}),
             on_commit=lambda: commits.append(1),
             rewriter=rewriter or Rewriter(mentions=mentions_stub, might=mentions_stub, compile_=compile_stub, narrow=True),
         )

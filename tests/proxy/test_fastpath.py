@@ -24,7 +24,7 @@ from proxy.wire.frames import FrameParser, FrameSplitter
 from proxy.wire.messages import Backend
 from proxy.wire.plain import plain_request, texts
 from tests.fix_postgres import Database
-from tests.proxy.proxies import RunningProxy, running_proxy
+from tests.proxy.proxies import FASTPATH, RunningProxy, running_proxy
 from tests.proxy.test_adversity import backends, eventually, read_until, serves, start
 from tests.proxy.test_wire_frames import pieces
 
@@ -32,7 +32,7 @@ if COMPILED:
     from proxy import _fastpath
 
 needs_compiler = pytest.mark.skipif(
-    not COMPILED, reason="proxy._fastpath was not built: there was no C compiler at installation, or no epoll")
+    not COMPILED or not FASTPATH, reason="proxy._fastpath was not built: there was no C compiler at installation, or no epoll; or it is switched off")
 
 READY = int(Backend.READY_FOR_QUERY)
 
