@@ -7,6 +7,7 @@ goes on as the client sent it.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,10 +47,13 @@ class Compile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A statement that mentions df: the text to send instead (None: as it came), and how it was compiled."""
+    """A statement that mentions df: the text to send instead (None: as it came), and how it was compiled. `looks`: of df
+    it names only what looks at workflows, so that nobody need hurry when it is committed.
+    """
 
     text: bytes | None = None
     compiled: CompiledStatement | None = None
+    looks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,17 @@ class Dialect:
 
     codec: str | None = "utf_8"
     standard_conforming_strings: bool = True
+
+
+#: What follows `df.`, as much as can be a name without quotes.
+_NAMES = re.compile(rb'(?<![a-z0-9_$\x80-\xff])df"?[ \t\r\n\f\v]*\.([a-z_]*)', re.IGNORECASE)
+#: What clients ask again and again while they wait for a workflow.
+_LOOKS = frozenset({b"result", b"status", b"instances", b"nodes", b"list_instances", b"instance_info", b"instance_nodes"})
+
+
+def _looks(statement: bytes) -> bool:
+    names = _NAMES.findall(statement)
+    return bool(names) and all(name.lower() in _LOOKS for name in names)
 
 
 def _always(_: bytes) -> bool:
@@ -128,7 +143,7 @@ class Rewriter:
         try:
             compiled = self._compile(sql, standard_conforming_strings=dialect.standard_conforming_strings)
             if compiled is None or compiled.sql == sql:
-                return Statement()
+                return Statement(looks=_looks(statement))
             # What the compiler adds may hold characters that the session's encoding lacks; the client's own never do.
             text = compiled.sql.encode(codec, "replace")
         except Exception:

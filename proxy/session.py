@@ -683,7 +683,7 @@ class Session:
             self._advance(server_event(type_))
             return
         done = self._conversation.received(type_)
-        if done is not None and done.tag is not None and done.type == _EXECUTE:
+        if done is not None and done.tag is not None and done.type == _EXECUTE and not done.tag.looks:
             self._touched = True
         if not self._conversation.plain:
             self._down.modes = _READY
@@ -693,7 +693,7 @@ class Session:
         payload = frame.payload
         if frame.type == _READY_FOR_QUERY:
             done = self._conversation.received(_READY_FOR_QUERY)
-            if done is not None and done.tag is not None:
+            if done is not None and done.tag is not None and not done.tag.looks:
                 self._touched = True
             self._between(backend.transaction_status(payload))
             if self._ready:

@@ -276,6 +276,18 @@ def test_constraint_names_of_others_stay(connection: psycopg.Connection[Any]) ->
 # --- when the engine is woken ---
 
 
+@pytest.mark.parametrize(("statement", "looks"), [
+    ("SELECT df.result('0a0b0c0d')", True), ("SELECT DF . Status($1)", False), ("SELECT DF .status($1), df.result($2)", True),
+    ("SELECT * FROM df.instances", True), ("SELECT df.start('SELECT 1')", False), ("SELECT df.result(df.start('SELECT 1'))", False),
+    ("SELECT df.result('a' ~> 'b')", False), ('SELECT df."result"(\'a\')', False), ("SELECT df.results('a')", False),
+    ("SELECT df.signal('a', 'b')", False), ("SELECT '~>'", False), ("DELETE FROM df . instances", False),
+])
+def test_what_only_looks_at_workflows(statement: str, looks: bool) -> None:
+    rewritten = Rewriter().rewrite(statement.encode(), Dialect())
+    assert rewritten is not None
+    assert rewritten.looks is looks
+
+
 def test_a_commit_after_a_mention_wakes(database18: Database, proxied18: RunningProxy) -> None:
     def woken() -> int:
         n = len(proxied18.commits)
@@ -290,6 +302,13 @@ def test_a_commit_after_a_mention_wakes(database18: Database, proxied18: Running
         c.execute("SELECT 1")
         assert woken() == 0
         c.execute("SELECT 'df.nothing to compile'")
+        assert woken() == 1
+        # Clients that wait for a workflow ask again and again: worth a look now and then.
+        for n in range(3):
+            proxied18.guessed.clear()
+            c.execute("SELECT 'df.result()', %s", (n,), prepare=n > 0)
+            assert (woken(), bool(proxied18.guessed)) == (0, True)
+        c.execute("SELECT 'df.result()', 'df.start()'")
         assert woken() == 1
         with c.transaction():
             c.execute("SELECT df.one() + %s", (1,))
