@@ -17,6 +17,8 @@ from bench.table import Reach, Row
 from bench.turns import Counter
 
 WORKFLOWS, AT_A_TIME, REPEATS = 2000, 32, 3
+#: By each client of the yardstick: enough for its sessions to be warm, as those of the worker are.
+TRANSACTIONS = 400
 #: Of the run that is counted, not timed.
 COUNTED = 500
 
@@ -30,7 +32,7 @@ def run(stage: Stage) -> Iterator[Row]:
 
     def pgbench() -> Run:
         server = stage.server_cpu()
-        run = stage.pgbench(yardstick, "-M", "prepared", "-f", script, clients=AT_A_TIME, transactions=100)
+        run = stage.pgbench(yardstick, "-M", "prepared", "-f", script, clients=AT_A_TIME, transactions=TRANSACTIONS)
         return replace(run, cpu=stage.server_cpu() - server)
 
     def ours(workers: int) -> tuple[float, float, float]:

@@ -47,8 +47,8 @@ class Compile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Statement:
-    """A statement that mentions df: the text to send instead (None: as it came), and how it was compiled. `looks`: of df
-    it names only what looks at workflows, so that nobody need hurry when it is committed.
+    """A statement that mentions df: the text to send instead (None: as it came), and how it was compiled. `looks`: of
+    df it names only what looks at workflows, so that nobody need hurry when it is committed.
     """
 
     text: bytes | None = None
@@ -67,7 +67,8 @@ class Dialect:
 #: What follows `df.`, as much as can be a name without quotes.
 _NAMES = re.compile(rb'(?<![a-z0-9_$\x80-\xff])df"?[ \t\r\n\f\v]*\.([a-z_]*)', re.IGNORECASE)
 #: What clients ask again and again while they wait for a workflow.
-_LOOKS = frozenset({b"result", b"status", b"instances", b"nodes", b"list_instances", b"instance_info", b"instance_nodes"})
+_LOOKS = frozenset((b"result", b"status", b"instances", b"nodes", b"list_instances", b"instance_info",
+                    b"instance_nodes"))
 
 
 def _looks(statement: bytes) -> bool:

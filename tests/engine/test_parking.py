@@ -112,3 +112,5 @@ async def test_a_poll_reads_no_more_than_it_needs(database18: Database) -> None:
         assert [row[1] for row in c.rows("SELECT * FROM duroxide.inbox(%s, '{}')", worker)] == [mine]
         c.execute("UPDATE duroxide.queue SET wake_at = now() WHERE instance_id = %s", other)
         assert c.one("SELECT duroxide.overdue()") is True
+        assert [row[0] for row in c.rows("SELECT * FROM duroxide.claim(%s, 100)", worker)] == [other]
+        assert c.rows("SELECT seen FROM duroxide.signals WHERE instance_id = %s", other) == [(True,)]
