@@ -54,7 +54,7 @@ from proxy.wire.messages import (
     TransactionStatus,
 )
 from proxy.wire.plain import QUERY as _QUERY
-from proxy.wire.plain import SYNC, plain_request, texts
+from proxy.wire.plain import SYNC, bound_alone, plain_request, texts
 from proxy.wire.proxy_header import ProxyHeader
 from proxy.wire.states import (
     ASKING,
@@ -513,7 +513,8 @@ class Session:
         """Sends on a request that nothing has to be done about, which is most of what clients send.
 
         That is one Query, or one batch of the extended protocol up to its Sync, in a session that has nothing on its
-        way and no prepared statement that mentions df. False: it has to be looked at message by message.
+        way. Where some prepared statement mentions df, the batch must be about one statement alone, whichever.
+        False: it has to be looked at message by message.
         """
         if len(data) > INLINE_LIMIT:
             return False
@@ -523,21 +524,29 @@ class Session:
         rewriter = self._host.rewriter
         if rewriter.might(data) and any(rewriter.mentions(text) for text in texts(data)):
             return False
-        self._sent_alone(type_)
+        statement: Statement | None = None
+        if type_ == SYNC and (self._statements or self._portals):
+            name = bound_alone(data)
+            if name is None:
+                return False
+            statement = self._statements.get(name)
+            if statement is not self._portals.get(b""):
+                self._remember(self._portals, b"", statement)
+        self._sent_alone(type_, statement)
         assert self._server is not None
         self._server.send(data)
         return True
 
-    def _sent_alone(self, type_: int) -> None:
+    def _sent_alone(self, type_: int, statement: Statement | None = None) -> None:
         self._quiet = False
-        self._conversation.sent_alone(BATCH if type_ == SYNC else type_)
+        self._conversation.sent_alone(BATCH if type_ == SYNC else type_, statement)
         self._down.modes = _PLAIN
 
     def _settled(self) -> bool:
         """Whether the next request may go straight on, if it has nothing of interest: nothing else is on its way."""
         return (
-            self._ready and not self._statements and not self._portals and not self._unread
-            and not self._host.draining and self._conversation.idle and self._up.at_boundary
+            self._ready and not self._unread and not self._host.draining and self._conversation.idle
+            and self._up.at_boundary
         )
 
     def _forward(self, items: Iterator[Item]) -> None:
@@ -649,7 +658,9 @@ class Session:
         if self._down.modes is _PLAIN and (last := self._down.skim(data, _READY_FOR_QUERY)) >= 0:
             self._client.send(data)
             if last:
-                self._conversation.finished()
+                done = self._conversation.finished()
+                if done is not None and done.tag is not None and not done.tag.looks:
+                    self._touched = True
                 self._between(data[-1])
                 self._quiet = not self._host.draining
             if self._host.draining:
@@ -750,7 +761,8 @@ class Session:
         self._open_exchange()
 
     def _open_exchange(self) -> None:
-        if self._exchange is not None and self._quiet and self._down.at_boundary:
+        plain = self._quiet and self._down.at_boundary and not self._statements and not self._portals
+        if self._exchange is not None and plain:
             self._exchange.open(self._status or 0, self._concerned)
 
     def _leave(self) -> None:

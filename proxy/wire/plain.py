@@ -13,6 +13,10 @@ _HEADER: Final = struct.Struct(">BI")
 QUERY: Final = int(Frontend.QUERY)
 SYNC: Final = int(Frontend.SYNC)
 _PARSE: Final = int(Frontend.PARSE)
+_BIND: Final = int(Frontend.BIND)
+_DESCRIBE: Final = int(Frontend.DESCRIBE)
+_EXECUTE: Final = int(Frontend.EXECUTE)
+_CLOSE: Final = int(Frontend.CLOSE)
 #: What may stand in a batch besides Sync.
 _BATCHED: Final = frozenset(int(t) for t in (
     Frontend.PARSE, Frontend.BIND, Frontend.DESCRIBE, Frontend.EXECUTE, Frontend.CLOSE, Frontend.FLUSH))
@@ -55,4 +59,28 @@ def texts(data: bytes) -> Iterator[bytes]:
             name = data.find(0, position + 5, end)
             statement = data.find(0, name + 1, end) if name >= 0 else -1
             yield data[name + 1 : statement] if statement >= 0 else data[position + 5 : end]
+        position = end
+
+
+def bound_alone(data: bytes) -> bytes | None:
+    """The name of the statement that a batch is about: it binds it to the unnamed portal, and has to do with no other.
+
+    None: it is more than that. `plain_request` has said SYNC to `data`.
+    """
+    end = 1 + _HEADER.unpack_from(data)[1]
+    last = data.find(0, 6, end)
+    if data[0] != _BIND or data[5] != 0 or last < 0:
+        return None
+    position = end
+    while True:
+        type_, length = _HEADER.unpack_from(data, position)
+        if type_ == SYNC:
+            return data[6:last]
+        if type_ in (_PARSE, _BIND, _CLOSE):
+            return None
+        end = position + 1 + length
+        # An Execute begins with its portal's name, a Describe with what it is about.
+        start = data[position + 5 : min(end, position + 7)]
+        if (type_ == _DESCRIBE and start != b"P\0") or (type_ == _EXECUTE and start[:1] != b"\0"):
+            return None
         position = end

@@ -220,7 +220,7 @@ class Conversation(Generic[Tag]):
         }
         self._skipping = False  # the server skips what it reads until a Sync that was not sent yet
         self._copying = False  # the server receives COPY data whose end was not sent yet
-        #: Whether all that is pending, if anything, is one Query or one BATCH that the owner attached nothing to: then
+        #: Whether all that is pending, if anything, is one Query that the owner attached nothing to, or one BATCH: then
         #: only messages in TELLING_PLAIN matter.
         self.plain = started
         if not started:
@@ -239,9 +239,12 @@ class Conversation(Generic[Tag]):
     def __len__(self) -> int:
         return len(self._pending)
 
-    def sent_alone(self, type_: int) -> None:
-        """The client sent a Query, or a whole BATCH; to be called while the conversation is idle."""
-        self._pending.append(self._plain[type_])
+    def sent_alone(self, type_: int, tag: Tag | None = None) -> None:
+        """The client sent a Query, or a whole BATCH; to be called while the conversation is idle.
+
+        `tag` is that of every request in it. A batch that fails has none when it is completed.
+        """
+        self._pending.append(self._plain[type_] if tag is None else Request(type_, tag, REPLY_ENDS[type_]))
         self.plain = True
 
     def sent(self, type_: int, tag: Tag | None = None) -> None:
@@ -298,15 +301,16 @@ class Conversation(Generic[Tag]):
             if request.ends is _Z:
                 return request
 
-    def finished(self) -> None:
+    def finished(self) -> Request[Tag] | None:
         """The server sent ReadyForQuery while the conversation was `plain`: the same as `received`, but quicker."""
-        if self._pending:
-            self._pending.clear()
+        return self._pending.popleft() if self._pending else None
 
     def _failed(self) -> None:
         pending = self._pending
         current = self.current
         self._copying = False
+        if current is not None and current.type == BATCH:
+            pending[0] = self._plain[BATCH]
         if current is None or current.type not in _EXTENDED:
             return  # ReadyForQuery comes by itself, or this is about no request at all
         while pending and pending[0].type != Frontend.SYNC:
@@ -321,7 +325,9 @@ class Conversation(Generic[Tag]):
         if pending:
             request = pending.popleft()
             # The Sync that a batch ended with is ignored; what the client sends after the data ends the reply.
-            kept.append(self._plain[Frontend.EXECUTE] if request.type == BATCH else request)
+            if request.type == BATCH:
+                request = Request(int(Frontend.EXECUTE), request.tag, REPLY_ENDS[Frontend.EXECUTE])
+            kept.append(request)
         self._copying = True
         self.plain = False
         while pending:

@@ -14,9 +14,11 @@ import pytest
 
 from engine import migrate
 from proxy.rewriter import CACHE_LIMIT, INLINE_LIMIT, Dialect, Rewriter
+from proxy.session import Session
 from proxy.wire import backend, build
 from proxy.wire.frames import Frame, FrameParser
 from proxy.wire.messages import Backend, TransactionStatus
+from proxy.wire.plain import SYNC, bound_alone, plain_request
 from tests.fix_postgres import Database
 from tests.proxy.proxies import REFUSED, RunningProxy, compile_stub, mentions_stub, running_proxy
 from tests.proxy.test_adversity import eventually
@@ -348,6 +350,84 @@ def test_executing_a_prepared_statement_that_mentions_df_wakes(database18: Datab
         wire.send(build.bind("p", "s"), build.execute("p"), build.sync())
         wire.until_ready()
         assert len(proxied18.commits) == 1
+
+
+def alone(statement: str, *parameters: str) -> bytes:
+    """What drivers send to execute a prepared statement."""
+    return build.bind("", statement, [p.encode() for p in parameters]) + build.describe_portal("") + build.execute() + build.sync()
+
+
+def test_what_is_about_one_prepared_statement_is_sent_on_in_one_piece(
+    database18: Database, proxied18: RunningProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is known for what it is: errors point where they should, what is committed wakes."""
+    looked: list[int] = []
+    forward = Session._forward
+
+    def counted(self: Session, items: Iterator[Any]) -> None:
+        looked.append(1)
+        forward(self, items)
+
+    monkeypatch.setattr(Session, "_forward", counted)
+
+    def done() -> tuple[int, int]:
+        found = len(looked), len(proxied18.commits)
+        looked.clear()
+        proxied18.commits.clear()
+        return found
+
+    with Wire(proxied18, database18) as wire:
+        statement = "SELECT df.text(), a FROM t"
+        wire.send(build.query("CREATE TEMP TABLE t (a int)"))
+        wire.until_ready()
+        wire.send(build.parse("s", "SELECT df.one() / $1::int"), build.parse("o", "SELECT 1 / $1::int"), build.parse("t", statement),
+                  build.sync())
+        assert positions(wire.until_ready()) == []
+        done()
+        for name, commits in (("s", 1), ("o", 0), ("s", 1)):
+            wire.send(alone(name, "1"))
+            assert [f.type for f in wire.until_ready()] == list(b"2TDCZ")
+            assert done() == (0, commits)
+            wire.send(alone(name, "0"))
+            assert [f.type for f in wire.until_ready()][-2:] == list(b"EZ")
+            assert done() == (0, 0)
+        wire.send(build.query("ALTER TABLE t RENAME a TO b"))
+        wire.until_ready()
+        wire.send(alone("t"))
+        assert positions(wire.until_ready()) == [str(statement.index("a FROM") + 1)]
+        assert done() == (0, 0)
+        # The portal outlives its batch in a transaction.
+        wire.send(build.query("BEGIN"))
+        wire.until_ready()
+        wire.send(build.bind("", "s", [b"1"]), build.sync())
+        wire.until_ready()
+        wire.send(build.execute(), build.sync())
+        wire.until_ready()
+        assert done()[1] == 0
+        wire.send(build.query("COMMIT"))
+        wire.until_ready()
+        assert done()[1] == 1
+
+
+@pytest.mark.parametrize(("batch", "name"), [
+    (alone("s"), b"s"), (alone(""), b""), (alone("s", "1", "\0"), b"s"),
+    (build.bind("", "s") + build.flush() + build.execute("", 5) + build.execute() + build.sync(), b"s"),
+    (build.bind("", "s") + build.sync(), b"s"),
+    (build.bind("p", "s") + build.execute("p") + build.sync(), None),
+    (build.bind("", "s") + build.execute("p") + build.sync(), None),
+    (build.bind("", "s") + build.describe_statement("s") + build.execute() + build.sync(), None),
+    (build.bind("", "s") + build.describe_portal("p") + build.execute() + build.sync(), None),
+    (build.parse("s", "SELECT 1") + build.bind("", "s") + build.execute() + build.sync(), None),
+    (build.bind("", "s") + build.execute() + build.bind("", "t") + build.execute() + build.sync(), None),
+    (build.bind("", "s") + build.execute() + build.close_statement("s") + build.sync(), None),
+    (build.execute() + build.sync(), None), (build.sync(), None),
+    (build.message(ord("B"), b"") + build.sync(), None), (build.message(ord("B"), b"\0s") + build.sync(), None),
+    (build.bind("", "s") + build.message(ord("E"), b"") + build.sync(), None),
+    (build.bind("", "s") + build.message(ord("D"), b"") + build.sync(), None),
+])
+def test_which_statement_a_batch_is_about(batch: bytes, name: bytes | None) -> None:
+    assert plain_request(batch) == SYNC
+    assert bound_alone(batch) == name
 
 
 def test_a_session_that_has_mentioned_df_wakes_now_and_then(database18: Database) -> None:

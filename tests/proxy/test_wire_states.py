@@ -253,7 +253,7 @@ def batch(rng: random.Random, n: int) -> list[tuple[bytes, str]]:
             return messages
 
 
-def send_alone(conversation: Conversation[str], waiting: list[tuple[bytes, str]]) -> list[bytes]:
+def send_alone(conversation: Conversation[str], waiting: list[tuple[bytes, str]], *, tagged: bool) -> list[bytes]:
     """The next request, if it is one Query or a batch up to its Sync, told as one; else nothing."""
     if not conversation.idle or not waiting:
         return []
@@ -264,13 +264,14 @@ def send_alone(conversation: Conversation[str], waiting: list[tuple[bytes, str]]
     end = types.index(Frontend.SYNC) if Frontend.SYNC in types else len(types)
     if end == len(types) or not set(types[:end]) <= set(b"PBDECH"):
         return []
-    conversation.sent_alone(BATCH)
+    conversation.sent_alone(BATCH, "; ".join(tag for _, tag in waiting[:end]) if tagged else None)
     return [waiting.pop(0)[0] for _ in range(end + 1)]
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["one by one", "batches as one"])
+@pytest.mark.parametrize(("alone", "tagged"), [(False, False), (True, False), (True, True)],
+                         ids=["one by one", "batches as one", "batches as one, tagged"])
 @pytest.mark.parametrize("seed", range(20))
-def test_random_conversations(database18: Database, seed: int, alone: bool) -> None:
+def test_random_conversations(database18: Database, seed: int, alone: bool, tagged: bool) -> None:
     rng = random.Random(seed)
     messages = [m for n in range(100, 140) for m in batch(rng, n)]
     messages += [(build.sync(), "sync"), (build.query("ROLLBACK"), "rollback"), (build.query("SELECT 'the end'"), "end")]
@@ -283,7 +284,7 @@ def test_random_conversations(database18: Database, seed: int, alone: bool) -> N
         waiting, ended, told_errors = list(messages), False, 0
         while not ended:
             assert waiting or not conversation.idle
-            if alone and (batch_ := send_alone(conversation, waiting)):
+            if alone and (batch_ := send_alone(conversation, waiting, tagged=tagged)):
                 assert conversation.plain
                 s.sendall(b"".join(batch_))
             # Some messages at once, some one by one: replies arrive in between or after everything.
@@ -307,7 +308,8 @@ def test_random_conversations(database18: Database, seed: int, alone: bool) -> N
                     if number is not None:
                         current = conversation.current
                         assert current is not None
-                        assert number[1] in (current.tag or "") or (alone and current.tag is None), (fields["M"], current)
+                        untagged = alone and current.tag is None and (not tagged or current.type == Frontend.QUERY)
+                        assert number[1] in (current.tag or "") or untagged, (fields["M"], current)
                         told_errors += current.tag is not None
                 if conversation.plain and frame.type not in TELLING_PLAIN:
                     continue
