@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -54,12 +54,13 @@ def is_infrastructure(error: BaseException) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """An instance that was just claimed."""
+    """An instance that was just claimed. `loaded`: as `Store.load` gives it, where the claim has brought it along."""
 
     instance_id: str
     token: str
     fresh: bool
     crashes: int
+    loaded: LoadedInstance | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +111,21 @@ class LoadedInstance:
 #: must hold up neither the worker nor other instances. Local to the statement, since a pooler may be in between.
 _SOON = "set_config('lock_timeout', '1000', true)"
 
+_CLAIM = """(SELECT jsonb_agg(jsonb_build_array(c.instance_id, c.token, c.fresh, c.crashes, NULL))
+          FROM duroxide.claim($1::text::uuid, $2) c)"""
 POLL = f"""
 SELECT {_SOON},
        CASE WHEN $4::bool THEN duroxide.heartbeat($1::text::uuid) END,
-       (SELECT jsonb_agg(jsonb_build_array(c.instance_id, c.token, c.fresh, c.crashes))
-          FROM duroxide.claim($1::text::uuid, $2) c)::text,
+       duroxide.take($1::text::uuid, $2)::text,
        (SELECT jsonb_agg(jsonb_build_array(s.instance_id, s.seq, s.kind, s.name, s.data) ORDER BY s.seq)
           FROM duroxide.inbox($1::text::uuid, $3::text::bigint[]) s)::text,
        extract(epoch FROM duroxide.next_due())::float8,
        CASE WHEN $2 <= 0 THEN duroxide.overdue() END,
        extract(epoch FROM clock_timestamp())::float8
 """
+
+#: Without what 0011 has brought.
+POLL_BEFORE = POLL.replace("duroxide.take($1::text::uuid, $2)", _CLAIM)
 
 HEARTBEAT = f"SELECT {_SOON}, duroxide.heartbeat($1::text::uuid), extract(epoch FROM clock_timestamp())::float8"
 
@@ -264,6 +269,19 @@ def step_done_arguments(instance_id: str, token: str, changes: Changes, key: Key
     ]
 
 
+def _variables(items: Mapping[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in items.items() if value is not None}
+
+
+def _claim(instance_id: str, token: str, fresh: bool, crashes: int, whole: list[Any] | None) -> Claim:
+    if whole is None:
+        return Claim(instance_id, token, fresh, crashes)
+    label, graph, variables, database, submitted_by, inbox = whole
+    return Claim(instance_id, token, fresh, crashes, LoadedInstance(
+        instance_id, token, crashes, label, graph, _variables(variables), database, submitted_by,
+        [InboxEntry(*item) for item in inbox or ()], []))
+
+
 def _inbox(text: str | None) -> list[InboxEntry]:
     return [InboxEntry(*item) for item in json.loads(text)] if text else []
 
@@ -320,7 +338,7 @@ class Store:
         self._poll: asyncpg.Connection[Any] | None = None
         self._catalog_at = time.monotonic()
         self.last_contact = 0.0  #: monotonic time of the last answer on a connection of its own
-        self.has_step_done = False  #: duroxide.step_done exists (0011)
+        self.has_step_done = False  #: duroxide.step_done and what came with it exist (0011)
 
     # -- life --------------------------------------------------------------------------------------------------
 
@@ -456,12 +474,13 @@ class Store:
         sent = time.monotonic()
         handled = list(self._handled)
         async with self._whole(c):
-            row = await c.fetchrow(POLL, self.worker_id, limit, "{" + ",".join(map(str, handled)) + "}", beat)
+            poll = POLL if self.has_step_done else POLL_BEFORE
+            row = await c.fetchrow(poll, self.worker_id, limit, "{" + ",".join(map(str, handled)) + "}", beat)
         assert row is not None
         self._handled.difference_update(handled)
         _, alive, claimed, inbox, next_due, overdue, now = row
         self._contact(sent, now)
-        claims = [Claim(*item) for item in json.loads(claimed)] if claimed else []
+        claims = [_claim(*item) for item in json.loads(claimed)] if claimed else []
         due = None if next_due is None else datetime.fromtimestamp(min(next_due, 253402300799.0), UTC)
         return Poll(claims, _inbox(inbox), due, overdue=bool(overdue), alive=alive is not False)
 
@@ -488,8 +507,8 @@ class Store:
         return {
             row["instance_id"]: LoadedInstance(
                 row["instance_id"], row["token"], row["crashes"], row["label"], row["graph"],
-                {k: v for k, v in json.loads(row["vars"]).items() if v is not None}, row["database"],
-                row["submitted_by"], _inbox(row["inbox"]), checkpoints.get(row["instance_id"], []))
+                _variables(json.loads(row["vars"])), row["database"], row["submitted_by"], _inbox(row["inbox"]),
+                checkpoints.get(row["instance_id"], []))
             for row in rows if row["present"]
         }
 

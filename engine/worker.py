@@ -321,7 +321,9 @@ class Worker:
     async def _begin(self, claims: Sequence[Claim], shared: Surroundings, group: asyncio.TaskGroup) -> None:
         """Reads a batch of claimed instances and starts a task for each."""
         held = {c.instance_id: self._held[c.instance_id] for c in claims if c.instance_id in self._held}
-        loaded = await self._load(claims, shared.store)
+        loaded = {c.instance_id: c.loaded for c in claims if c.loaded is not None}
+        if missing := [c for c in claims if c.loaded is None]:
+            loaded |= await self._load(missing, shared.store)
         for instance_id, instance in held.items():
             row = loaded.get(instance_id)
             if row is None or self._held.get(instance_id) is not instance:

@@ -277,3 +277,34 @@ BEGIN
      WHERE q.instance_id = ANY (v_due)
     RETURNING q.instance_id, q.token, q.claims = 1, q.crashes;
 END $$;
+
+-- claim, and with it what the worker would read next, where that is little: a few new instances, whose graphs are not large.
+-- Returns [[instance_id, token, fresh, crashes, null or [label, graph, vars, database, submitted_by, inbox]]], or NULL.
+CREATE OR REPLACE FUNCTION duroxide.take(p_worker uuid, p_limit integer) RETURNS jsonb
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off SET enable_hashjoin = off SET enable_mergejoin = off
+AS $$
+DECLARE
+    v_ids text[];
+    v_tokens uuid[];
+    v_fresh boolean[];
+    v_crashes integer[];
+BEGIN
+    SELECT array_agg(c.instance_id), array_agg(c.token), array_agg(c.fresh), array_agg(c.crashes)
+      INTO v_ids, v_tokens, v_fresh, v_crashes FROM duroxide.claim(p_worker, p_limit) c;
+    IF v_ids IS NULL THEN
+        RETURN NULL;
+    END IF;
+    -- A statement of its own, hence with a snapshot of its own: every signal that the claim has marked as seen is in it.
+    RETURN (SELECT jsonb_agg(jsonb_build_array(c.instance_id, c.token, c.fresh, c.crashes, i.whole))
+              FROM unnest(v_ids, v_tokens, v_fresh, v_crashes) AS c(instance_id, token, fresh, crashes)
+              LEFT JOIN LATERAL (
+                   SELECT jsonb_build_array(i.label, i.graph::text, i.vars, i.database, i.submitted_by::oid::int8,
+                              (SELECT jsonb_agg(jsonb_build_array(s.instance_id, s.seq, s.kind, s.name, s.data) ORDER BY s.seq)
+                                 FROM duroxide.signals s WHERE s.instance_id = i.id)) AS whole
+                     FROM duroxide.instances i
+                    WHERE i.id = c.instance_id AND c.fresh AND cardinality(v_ids) <= 10 AND pg_column_size(i.graph) < 20000
+                   ) AS i ON true);
+END $$;
+REVOKE ALL ON FUNCTION duroxide.take(uuid, integer) FROM PUBLIC;

@@ -22,6 +22,7 @@ from engine.store import (
     CHECKPOINT,
     Clock,
     LeaseLostError,
+    LoadedInstance,
     Store,
     checkpoint_arguments,
     step_done_arguments,
@@ -53,6 +54,7 @@ async def test_claim_load_checkpoint_finish(database: Database) -> None:
             assert (await store.poll(10)).claims == []
             loaded = (await store.load([instance], []))[instance]
             assert (loaded.label, loaded.variables, loaded.token) == ("Zürich", {"v": "1"}, claim.token)
+            assert claim.loaded == loaded
             at = datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
             error = StepError("m", "22012", "d", "h")
             rows = [Checkpoint("", 0, "completed", '{"rows":[]}', (), None, {"tag": "SELECT 0"}, at),
@@ -133,6 +135,32 @@ async def test_step_done_records_what_a_checkpoint_would(database: Database) -> 
                                 instance, claim.token)
             assert c.outcome(instance) == ("cancelled", "canceled: enough")
             assert c.rows("SELECT FROM duroxide.queue") == []
+
+
+async def test_a_claim_brings_what_is_new_and_small(database18: Database) -> None:
+    """With what was sent to it; not where it has run before, where it is large, or where there are many."""
+    await install(database18)
+    with Client(database18) as c:
+        async with opened(database18) as store:
+            async def claims() -> dict[str, LoadedInstance | None]:
+                return {claim.instance_id: claim.loaded for claim in (await store.poll(100)).claims}
+
+            signalled, plain = c.start(signal("go")), c.start(sql("SELECT 1"))
+            c.execute("INSERT INTO duroxide.signals (instance_id, name, data) VALUES (%s, 'go', '1')", signalled)
+            found = await claims()
+            assert found == await store.load([signalled, plain], [])
+            assert [entry.name for entry in found[signalled].inbox] == ["go"]  # type: ignore[union-attr]
+            await store.release([plain])
+            large = c.start(sql("SELECT 1"))
+            c.execute("UPDATE duroxide.instances SET graph = jsonb_build_array(graph->0 || jsonb_build_object('query', (SELECT "
+                      "string_agg(md5(n::text), '') FROM generate_series(1, 2000) n))) WHERE id = %s", large)
+            assert await claims() == {plain: None, large: None}
+            many = [c.start(sql("SELECT 1")) for _ in range(11)]
+            assert await claims() == dict.fromkeys(many)
+            # Workers begin them all.
+            await store.unregister()
+        async with running_worker(database18):
+            assert {status for status, _ in await ended(c, plain, large, *many)} == {"completed", "failed"}
 
 
 async def test_a_new_fence_shuts_the_old_token_out(database18: Database) -> None:
@@ -272,8 +300,8 @@ async def test_lost_workers_are_reaped(database18: Database) -> None:
         async with opened(database18, lease=1.0) as first, opened(database18, lease=3600.0) as second:
             assert len((await first.poll(10)).claims) == 1
             assert (await second.poll(10)).claims == []
-            c.execute("UPDATE duroxide.workers SET heartbeat_at = heartbeat_at - interval '10 s' WHERE id::text = %s",
-                      first.worker_id)
+            c.execute("UPDATE duroxide.workers SET heartbeat_at = pg_postmaster_start_time(), lease = '1 ms' "
+                      "WHERE id::text = %s", first.worker_id)
             assert await second.heartbeat() is True
             assert await first.heartbeat() is False
             [claim] = (await second.poll(10)).claims
