@@ -19,7 +19,7 @@ from bench.stage import Program, Stage, make_database
 from bench.table import Reach, Row
 
 MILLION, FEW = 1_000_000, 1_000
-WORKFLOWS, REPEATS = 400, 3
+WORKFLOWS, REPEATS = 1000, 3
 #: Nodes in the big graph; how many small ones before it and after it.
 NODES, GRAPHS = 10_000, 15
 
@@ -57,6 +57,8 @@ def run(stage: Stage) -> Iterator[Row]:
             for statement in fill.split(";\n"):
                 c.execute(statement.replace("%(count)s", str(count)))
             c.execute("VACUUM ANALYZE")
+    with stage.admin() as c:
+        c.execute("CHECKPOINT")  # millions of new rows are written out now, not while one of the cases runs
     with stage.dfproxy("worker", "--databases", "finished,parked", database="small") as worker:
         for name in names:
             flows.rate(stage, 20, name)
