@@ -103,7 +103,7 @@ def _workflows(made: Stage, url: str) -> float:
     with psycopg.connect(made.uri(), autocommit=True) as c, made.admin(DATABASE) as admin:
         [since] = c.execute("SELECT clock_timestamp()").fetchone() or (None,)
         c.execute(START, (url, AT_ONCE))
-        while admin.execute(LEFT.format(since="'-infinity'")).fetchone() != (0,):
+        while admin.execute(LEFT.format(since="'-infinity'")).fetchone() != (False,):
             time.sleep(0.02)
         [took, count] = admin.execute(TOOK, (since,)).fetchone() or (None, 0)
         assert count == AT_ONCE, f"{count} of {AT_ONCE} workflows were completed"
