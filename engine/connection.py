@@ -231,6 +231,7 @@ class StepConnection(asyncio.Protocol):
         self._role: tuple[str, bytes] = ("", b"")
         self._begun: _Exchange | None = None
         self._exchanges: deque[_Exchange] = deque()
+        self._unsent: list[bytes] = []
         self._auth = ClientAuth(target.user, target.password)
         self._started: asyncio.Future[None] = self._loop.create_future()
         self._tls_answer: asyncio.Future[bytes] | None = None
@@ -495,6 +496,7 @@ class StepConnection(asyncio.Protocol):
     def close(self) -> None:
         """Terminates the session politely."""
         if self._transport is not None and not self.closed:
+            self._flush()
             self._transport.write(build.terminate())
             self._transport.close()
         self.closed = True
@@ -531,14 +533,30 @@ class StepConnection(asyncio.Protocol):
         if then is not None:
             exchange.next = then
             self._enqueue(then)
-        self._transport.write(b"".join(parts))
+        self._write(parts)
         return exchange
+
+    def _write(self, parts: list[bytes]) -> None:
+        """Writes, after everything else that can be done at this moment.
+
+        Whoever is written to is woken, and may take the processor at once: with many sessions the worker would wait for
+        it after every write, while all the others wait for the worker.
+        """
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent += parts
+
+    def _flush(self) -> None:
+        data = b"".join(self._unsent)
+        self._unsent.clear()
+        if data and not self.closed and self._transport is not None:
+            self._transport.write(data)
 
     def _send_reset(self) -> None:
         if self.pooled or self.closed or self._transport is None:
             return
         self._enqueue(_Exchange(None))
-        self._transport.write(_RESET)
+        self._write([_RESET])
 
     def _enqueue(self, exchange: _Exchange) -> None:
         self._exchanges.append(exchange)
@@ -619,6 +637,7 @@ class StepConnection(asyncio.Protocol):
             case Backend.AUTHENTICATION:
                 answer = self._auth.respond(payload)
                 if answer is not None and self._transport is not None:
+                    self._flush()
                     self._transport.write(answer)
             case Backend.PARAMETER_STATUS:
                 name, value = backend.parameter_status(payload)
@@ -642,6 +661,7 @@ class StepConnection(asyncio.Protocol):
             elif exchange is not None and exchange.error is None:
                 exchange.error = error
                 if len(exchange.tags) < exchange.ahead and exchange.next is None and self._transport is not None:
+                    self._flush()
                     self._transport.write(_SYNC)
             return
         if type_ == Backend.PARAMETER_STATUS:
@@ -688,6 +708,7 @@ class StepConnection(asyncio.Protocol):
         elif type_ == Backend.COPY_IN_RESPONSE:
             exchange.copy = True
             assert self._transport is not None
+            self._flush()
             self._transport.write(build.copy_fail("no client") + (_SYNC if exchange.resync else b""))
 
     def _receive_row(self, exchange: _Exchange, payload: bytes) -> None:
