@@ -183,6 +183,8 @@ def test_changes_are_received(replicated: tuple[Cluster, RunningProxy], tmp_path
         receiving.communicate(timeout=PATIENCE)
     found = re.findall(rb"t\0\0\0.(\d+)t\0\0\x03\xe8(y{1000})", out.read_bytes(), re.DOTALL)
     assert [int(n) for n, _ in found] == list(range(1, 3001))
+    with psycopg.connect(cluster.dsn(), autocommit=True) as c:  # the server takes a moment to see that the receiver has gone
+        _until(c, "SELECT 1 FROM pg_replication_slots WHERE slot_name = 's' AND NOT active")
     run(cluster, "pg_recvlogical", "-d", uri, "--slot", "s", "--drop-slot")
 
 
