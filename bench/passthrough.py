@@ -12,7 +12,7 @@ from bench.table import Reach, Row
 MODES = ("simple", "extended", "prepared")
 #: Clients, and transactions of each in one run. So many that it hardly matters that each run of dfproxy's and the echo
 #: relay's begins with new server sessions, with empty caches, while PgBouncer keeps its own from run to run.
-CLIENTS = {1: 6000, 8: 6000, 32: 2500}
+CLIENTS = {1: 6000, 8: 4500, 32: 1800}
 REPEATS = 3
 
 

@@ -510,11 +510,11 @@ class Session:
         self._forward(self._up.feed(data))
 
     def _passes(self, data: bytes) -> bool:
-        """Sends on a request that nothing has to be done about, which is most of what clients send.
+        """Sends on a request that stands alone, which is most of what clients send.
 
-        That is one Query, or one batch of the extended protocol up to its Sync, in a session that has nothing on its
-        way. Where some prepared statement mentions df, the batch must be about one statement alone, whichever.
-        False: it has to be looked at message by message.
+        That is one Query, or one batch of the extended protocol up to its Sync that prepares nothing of ours, in a
+        session that has nothing on its way. Where some prepared statement mentions df, the batch must be about one
+        statement alone, whichever. False: it has to be looked at message by message.
         """
         if len(data) > INLINE_LIMIT:
             return False
@@ -522,9 +522,18 @@ class Session:
         if not type_:
             return False
         rewriter = self._host.rewriter
-        if rewriter.might(data) and any(rewriter.mentions(text) for text in texts(data)):
-            return False
         statement: Statement | None = None
+        if rewriter.might(data):
+            if type_ == _QUERY:
+                if data.find(0, 5) != len(data) - 1 or len(data) - 5 > self._limits.max_rewrite:
+                    return False
+                statement = rewriter.rewrite(data[5:-1], self._dialect)
+                if statement is not None:
+                    self._concerned = True
+                    if statement.text is not None:
+                        data = build.query(statement.text)
+            elif any(rewriter.mentions(text) for text in texts(data)):
+                return False
         if type_ == SYNC and (self._statements or self._portals):
             name = bound_alone(data)
             if name is None:

@@ -220,8 +220,8 @@ class Conversation(Generic[Tag]):
         }
         self._skipping = False  # the server skips what it reads until a Sync that was not sent yet
         self._copying = False  # the server receives COPY data whose end was not sent yet
-        #: Whether all that is pending, if anything, is one Query that the owner attached nothing to, or one BATCH: then
-        #: only messages in TELLING_PLAIN matter.
+        #: Whether all that is pending, if anything, is one Query or one BATCH: then only messages in TELLING_PLAIN
+        #: matter.
         self.plain = started
         if not started:
             self._pending.append(self._plain[STARTUP])

@@ -258,7 +258,7 @@ def send_alone(conversation: Conversation[str], waiting: list[tuple[bytes, str]]
     if not conversation.idle or not waiting:
         return []
     if waiting[0][0][0] == Frontend.QUERY:
-        conversation.sent_alone(Frontend.QUERY)
+        conversation.sent_alone(Frontend.QUERY, waiting[0][1] if tagged else None)
         return [waiting.pop(0)[0]]
     types = [m[0] for m, _ in waiting]
     end = types.index(Frontend.SYNC) if Frontend.SYNC in types else len(types)
