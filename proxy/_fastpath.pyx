@@ -216,9 +216,8 @@ cdef class Board:
 cdef class End:
     """One leg's descriptor, while it is lent: what proxy.relay.Reader says."""
 
-    cdef object leg, pending, given
+    cdef object leg, pending
     cdef Exchange exchange
-    cdef End other
     cdef int fd
     cdef bint reading, client
 
@@ -299,7 +298,6 @@ cdef class Exchange:
         self.state = CLOSED
         self.client, self.server = End(), End()
         self.client.exchange = self.server.exchange = self
-        self.client.other, self.server.other = self.server, self.client
         self.client.client = True
 
     def open(self, int status, bint told):

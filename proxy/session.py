@@ -755,7 +755,8 @@ class Session:
             return
         from proxy._fastpath import Exchange
 
-        exchange = Exchange(board, _PLAIN, MAX_MESSAGE, INLINE_LIMIT, self._from_client, self._from_server, self._done)
+        exchange = Exchange(
+            board, _PLAIN, MAX_MESSAGE, INLINE_LIMIT, self._from_client, self._from_server, self._between)
         try:
             if not self._client.lend(exchange.client, self._recalled):
                 return
@@ -801,10 +802,6 @@ class Session:
         self._leave()
         self._to_client(data)
         self._open_exchange()
-
-    def _done(self, status: int) -> None:
-        """A reply that has passed without this module is complete."""
-        self._between(status)
 
     # --- authentication ---
 
