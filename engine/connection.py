@@ -17,16 +17,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from engine.errors import ConnectionLostError, ResultTooLargeError, ServerError, StepRefusedError
+from engine.replies import NO_COPY, Exchange, Replies
 from engine.target import Target
 from proxy.wire import backend, build
 from proxy.wire.auth import AuthenticationError, ClientAuth
 from proxy.wire.backend import ColumnDescription
-from proxy.wire.frames import PASS, WHOLE, Frame, FrameSplitter, ProtocolError
+from proxy.wire.frames import ProtocolError
 from proxy.wire.messages import ANSWER_NO, ANSWER_SSL, Backend, TransactionStatus
 from proxy.wire.tls import ALPN, server_end_point
 from proxy.wire.tls_options import SslMode, TlsConfigError
@@ -37,49 +38,8 @@ __all__ = [
 ]
 
 
-class ServerError(Exception):
-    """An ErrorResponse. `fields` are keyed by the protocol's one-letter codes."""
-
-    def __init__(self, fields: Mapping[str, str]) -> None:
-        self.fields = fields
-        super().__init__(self.message)
-
-    @property
-    def message(self) -> str:
-        return self.fields.get("M", "unknown error")
-
-    @property
-    def sqlstate(self) -> str:
-        return self.fields.get("C", "XX000")
-
-    @property
-    def fatal(self) -> bool:
-        """Whether the session ended with it."""
-        return self.fields.get("V", self.fields.get("S")) in ("FATAL", "PANIC")
-
-
-class ConnectionLostError(Exception):
-    """The session ended without an answer; `cause_fields` are those of the server's last words, if it had any."""
-
-    def __init__(self, message: str, error: ServerError | None = None) -> None:
-        super().__init__(message)
-        self.error = error
-
-
 class _TlsError(ConnectionLostError):
     """No TLS with this host; without it there may be a connection."""
-
-
-class ResultTooLargeError(Exception):
-    """A result exceeds a limit; the message names the limit. The connection must be closed."""
-
-
-class StepRefusedError(Exception):
-    """A statement that no step may contain; its transaction must be rolled back."""
-
-    def __init__(self, message: str, sqlstate: str) -> None:
-        super().__init__(message)
-        self.sqlstate = sqlstate
 
 
 @dataclass(slots=True)
@@ -163,44 +123,6 @@ _EXECUTE = build.execute("")
 
 _IN_TRANSACTION = int(TransactionStatus.IN_TRANSACTION)
 _IDLE = int(TransactionStatus.IDLE)
-_COMMAND_COMPLETE = int(Backend.COMMAND_COMPLETE)
-_DATA_ROW = int(Backend.DATA_ROW)
-_READY = int(Backend.READY_FOR_QUERY)
-_ROW_DESCRIPTION = int(Backend.ROW_DESCRIPTION)
-_NO_DATA = int(Backend.NO_DATA)
-_ERROR = int(Backend.ERROR_RESPONSE)
-
-
-_NO_COPY = ("COPY from STDIN and to STDOUT need a client; a step has none", "0A000")
-#: What a session looks at; everything else (ParseComplete, notices, notifications…) is skipped unread.
-_LOOK_AT = (
-    Backend.COMMAND_COMPLETE, Backend.DATA_ROW, Backend.READY_FOR_QUERY, Backend.ROW_DESCRIPTION, Backend.NO_DATA,
-    Backend.ERROR_RESPONSE, Backend.PARAMETER_STATUS, Backend.EMPTY_QUERY_RESPONSE, Backend.COPY_IN_RESPONSE,
-    Backend.COPY_OUT_RESPONSE, Backend.AUTHENTICATION, Backend.BACKEND_KEY_DATA,
-)
-
-
-class _Exchange:
-    """What is written up to one ReadyForQuery, and the answers to it."""
-
-    __slots__ = ("ahead", "columns", "committed", "copy", "described", "error", "future", "next", "resync", "rows",
-                 "size", "status", "tag", "tags")
-
-    def __init__(self, future: asyncio.Future[_Exchange] | None, *, resync: bool = False, ahead: int = 0) -> None:
-        self.future = future
-        self.ahead = ahead  # how many statements are in front of the COMMIT, if it has one and a reset behind it
-        self.committed = False  # that COMMIT has succeeded
-        self.next: _Exchange | None = None  # what was sent behind it, and is skipped unless it commits
-        self.resync = resync  # a Sync is needed after CopyFail: COPY FROM swallows the one sent
-        self.described = False
-        self.columns: list[ColumnDescription] | None = None
-        self.rows: list[list[bytes | None]] = []
-        self.size = 0
-        self.tags: list[str] = []
-        self.tag: str | None = None  # of the statement that was described
-        self.error: ServerError | None = None
-        self.copy = False
-        self.status = 0
 
 
 class StepConnection(asyncio.Protocol):
@@ -215,22 +137,14 @@ class StepConnection(asyncio.Protocol):
         self.target = target
         self.pooled = local is not None
         self._local = _local(local) if local else b""
-        self.max_rows = max_rows
-        self.max_bytes = max_bytes
-        self.parameters: dict[str, str] = {}
-        self.status = 0
         self.used_at = 0.0  #: for the pool: loop time of the last use
         self.closed = False
         self.address: tuple[str, int] = target.hosts[0]
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._modes = bytearray(256)
-        for type_ in _LOOK_AT:
-            self._modes[type_] = WHOLE
-        self._splitter = FrameSplitter(self._modes, max_length=max_bytes + 65536)
+        self._replies = Replies(max_rows=max_rows, max_bytes=max_bytes)
         self._role: tuple[str, bytes] = ("", b"")
-        self._begun: _Exchange | None = None
-        self._exchanges: deque[_Exchange] = deque()
+        self._begun: Exchange | None = None
         self._unsent: list[bytes] = []
         self._auth = ClientAuth(target.user, target.password)
         self._started: asyncio.Future[None] = self._loop.create_future()
@@ -238,8 +152,6 @@ class StepConnection(asyncio.Protocol):
         self._secured = False
         self._pid = 0
         self._key = b""
-        self._last_words: ServerError | None = None
-        self._reset_fault: ServerError | None = None
 
     # -- making one --------------------------------------------------------------------------------------------
 
@@ -278,7 +190,7 @@ class StepConnection(asyncio.Protocol):
                     except BaseException:
                         connection.abort()
                         raise
-                    if connection.parameters.get("in_hot_standby") != "on":
+                    if connection._replies.parameters.get("in_hot_standby") != "on":
                         return connection
                     # Workflows write: whatever the DSN says, a standby won't do.
                     connection.abort()
@@ -341,8 +253,8 @@ class StepConnection(asyncio.Protocol):
         The transaction stays open. Raises ServerError (the transaction is then failed: `rollback`),
         ConnectionLostError, ResultTooLargeError, or StepRefusedError for what no step may do.
         """
-        if self._reset_fault is not None:
-            raise ConnectionLostError(f"the session could not be reset: {self._reset_fault}")
+        if self._replies.reset_fault is not None:
+            raise ConnectionLostError(f"the session could not be reset: {self._replies.reset_fault}")
         return await self._ran(self._send(self._step(role_sql, sql)))
 
     async def run_begun(self) -> StepResult:
@@ -359,11 +271,11 @@ class StepConnection(asyncio.Protocol):
             role = self._role[1]
         return [_BEGIN, self._local, role, build.parse("", sql), _RUN, _CONSTRAINTS, _SYNC]
 
-    async def _ran(self, exchange: _Exchange) -> StepResult:
+    async def _ran(self, exchange: Exchange) -> StepResult:
         await self._wait(exchange)
         # Only known now: the answer to the reset came before the answers to this.
-        if self._reset_fault is not None:
-            raise ConnectionLostError(f"the session could not be reset: {self._reset_fault}")
+        if self._replies.reset_fault is not None:
+            raise ConnectionLostError(f"the session could not be reset: {self._replies.reset_fault}")
         result = self._result(exchange)
         if exchange.status != _IN_TRANSACTION or result.tag in ("COMMIT", "ROLLBACK", "PREPARE TRANSACTION"):
             raise StepRefusedError(
@@ -397,13 +309,13 @@ class StepConnection(asyncio.Protocol):
             if then is None:
                 exchange = self._send([*parts, _COMMIT_RESET], ahead=statements)
             else:
-                following = _Exchange(self._loop.create_future())
+                following = Exchange(self._loop.create_future())
                 exchange = self._send([*parts, _COMMIT, _RESET, *self._step(*then)], ahead=statements, then=following)
                 self._begun = following
             await self._wait(exchange)
             committed = exchange.committed
             if committed and (exchange.error is not None or exchange.status != _IDLE):
-                self._reset_fault = exchange.error or ServerError({"M": "the session is not idle"})
+                self._replies.reset_fault = exchange.error or ServerError({"M": "the session is not idle"})
         if not committed:
             raise exchange.error or ServerError(
                 {"C": "25P02", "M": "the transaction was rolled back instead of committed"})
@@ -444,12 +356,12 @@ class StepConnection(asyncio.Protocol):
         await self._wait(exchange)
         # The refusal of an earlier reset in the failed transaction is made good by this one, whose answer is
         # still to come.
-        self._reset_fault = None
+        self._replies.reset_fault = None
         if exchange.error is not None:
             raise exchange.error
 
     async def _tidy(self) -> None:
-        exchange = await self._exchange([_TIDY_IDLE if self.status == _IDLE else _TIDY_FAILED])
+        exchange = await self._exchange([_TIDY_IDLE if self._replies.status == _IDLE else _TIDY_FAILED])
         if exchange.error is not None:
             raise exchange.error
 
@@ -510,29 +422,29 @@ class StepConnection(asyncio.Protocol):
     @property
     def usable(self) -> bool:
         """Whether a step may start on it."""
-        return not self.closed and self._reset_fault is None and self._transport is not None \
+        return not self.closed and self._replies.reset_fault is None and self._transport is not None \
             and not self._transport.is_closing()
 
     # -- inside ------------------------------------------------------------------------------------------------
 
-    def _result(self, exchange: _Exchange) -> StepResult:
+    def _result(self, exchange: Exchange) -> StepResult:
         if exchange.copy:
-            raise StepRefusedError(*_NO_COPY)
+            raise StepRefusedError(*NO_COPY)
         if exchange.error is not None:
             raise exchange.error
-        if self.parameters.get("client_encoding", "UTF8") != "UTF8":
+        if self._replies.parameters.get("client_encoding", "UTF8") != "UTF8":
             raise StepRefusedError("a step can't change client_encoding", "0A000")
         return StepResult(exchange.columns, exchange.rows, exchange.tag or "")
 
     def _send(self, parts: list[bytes], *, resync: bool = False, ahead: int = 0,
-              then: _Exchange | None = None) -> _Exchange:
+              then: Exchange | None = None) -> Exchange:
         if self.closed or self._transport is None:
             raise self._lost()
-        exchange = _Exchange(self._loop.create_future(), resync=resync, ahead=ahead)
-        self._enqueue(exchange)
+        exchange = Exchange(self._loop.create_future(), resync=resync, ahead=ahead)
+        self._replies.expect(exchange)
         if then is not None:
             exchange.next = then
-            self._enqueue(then)
+            self._replies.expect(then)
         self._write(parts)
         return exchange
 
@@ -552,33 +464,29 @@ class StepConnection(asyncio.Protocol):
         if data and not self.closed and self._transport is not None:
             self._transport.write(data)
 
+    def _write_now(self, data: bytes) -> None:
+        """Writes without delay, behind what is to be written."""
+        self._flush()
+        if not self.closed and self._transport is not None:
+            self._transport.write(data)
+
     def _send_reset(self) -> None:
         if self.pooled or self.closed or self._transport is None:
             return
-        self._enqueue(_Exchange(None))
+        self._replies.expect(Exchange(None))
         self._write([_RESET])
 
-    def _enqueue(self, exchange: _Exchange) -> None:
-        self._exchanges.append(exchange)
-        if len(self._exchanges) == 1:
-            self._attend(exchange)
-
-    def _attend(self, exchange: _Exchange) -> None:
-        """Nobody reads what a reset's statements answer, unless it is an error."""
-        mode = PASS if exchange.future is None or exchange.committed else WHOLE
-        self._modes[_COMMAND_COMPLETE] = self._modes[_DATA_ROW] = self._modes[_ROW_DESCRIPTION] = mode
-
-    async def _wait(self, exchange: _Exchange) -> None:
+    async def _wait(self, exchange: Exchange) -> None:
         assert exchange.future is not None
         await exchange.future
 
-    async def _exchange(self, parts: list[bytes], *, resync: bool = False) -> _Exchange:
+    async def _exchange(self, parts: list[bytes], *, resync: bool = False) -> Exchange:
         exchange = self._send(parts, resync=resync)
         await self._wait(exchange)
         return exchange
 
     def _lost(self, reason: str = "connection lost") -> ConnectionLostError:
-        error = self._last_words
+        error = self._replies.last_words
         return ConnectionLostError(error.message if error is not None else reason, error)
 
     # -- asyncio.Protocol --------------------------------------------------------------------------------------
@@ -594,13 +502,7 @@ class StepConnection(asyncio.Protocol):
             self._started.exception()  # the dialler may have given up already
         if self._tls_answer is not None and not self._tls_answer.done():
             self._tls_answer.set_exception(lost)
-        while self._exchanges:
-            exchange = self._exchanges.popleft()
-            future = exchange.future
-            if future is not None and not future.done():
-                # Servers end a session that sends statements where they expect COPY's data.
-                future.set_exception(StepRefusedError(*_NO_COPY) if exchange.copy else lost)
-                future.exception()
+        self._replies.lost(lost)
 
     def data_received(self, data: bytes) -> None:
         if self._tls_answer is not None and not self._tls_answer.done():
@@ -608,13 +510,13 @@ class StepConnection(asyncio.Protocol):
             self._tls_answer.set_result(bytes(data))
             return
         try:
-            for item in self._splitter.feed(data):
-                if type(item) is not Frame:
-                    continue
-                if self._started.done():
-                    self._receive(item[0], item[1])
-                else:
-                    self._receive_startup(item[0], item[1])
+            if self._started.done():
+                urgent = self._replies.feed(data)
+                if urgent:
+                    self._write_now(urgent)
+                return
+            for type_, payload in self._replies.frames(data):
+                self._receive_startup(type_, payload)
         except ProtocolError as e:
             self._fail(e)
         except AuthenticationError as e:
@@ -624,11 +526,7 @@ class StepConnection(asyncio.Protocol):
 
     def _fail(self, fault: ProtocolError) -> None:
         """The stream can't be read on: a row beyond every limit, or not PostgreSQL at all."""
-        exchange = self._exchanges[0] if self._exchanges else None
-        if exchange is not None and exchange.columns is not None and exchange.future is not None \
-                and not exchange.future.done():
-            exchange.future.set_exception(self._too_large(exchange, bytes_=True))
-        elif not self._started.done():
+        if not self._replies.unreadable() and not self._started.done():
             self._started.set_exception(ConnectionLostError(str(fault)))
         self.abort()
 
@@ -636,12 +534,11 @@ class StepConnection(asyncio.Protocol):
         match type_:
             case Backend.AUTHENTICATION:
                 answer = self._auth.respond(payload)
-                if answer is not None and self._transport is not None:
-                    self._flush()
-                    self._transport.write(answer)
+                if answer is not None:
+                    self._write_now(answer)
             case Backend.PARAMETER_STATUS:
                 name, value = backend.parameter_status(payload)
-                self.parameters[name] = value
+                self._replies.parameters[name] = value
             case Backend.BACKEND_KEY_DATA:
                 self._pid, self._key = backend.backend_key_data(payload)
             case Backend.ERROR_RESPONSE:
@@ -651,81 +548,3 @@ class StepConnection(asyncio.Protocol):
                 self._started.set_result(None)
             case _:  # NoticeResponse, NegotiateProtocolVersion
                 pass
-
-    def _receive(self, type_: int, payload: bytes) -> None:
-        exchange = self._exchanges[0] if self._exchanges else None
-        if type_ == _ERROR:
-            error = ServerError(backend.error_fields(payload))
-            if error.fatal:
-                self._last_words = error
-            elif exchange is not None and exchange.error is None:
-                exchange.error = error
-                if len(exchange.tags) < exchange.ahead and exchange.next is None and self._transport is not None:
-                    self._flush()
-                    self._transport.write(_SYNC)
-            return
-        if type_ == Backend.PARAMETER_STATUS:
-            name, value = backend.parameter_status(payload)
-            self.parameters[name] = value
-            return
-        if exchange is None:
-            return  # notices and notifications between statements
-        if type_ == _COMMAND_COMPLETE:
-            tag = backend.command_tag(payload)
-            exchange.tags.append(tag)
-            if exchange.ahead and tag == "COMMIT" and len(exchange.tags) == exchange.ahead + 1:
-                exchange.committed = True
-                self._attend(exchange)
-            if exchange.described and exchange.tag is None:
-                exchange.tag = tag
-        elif type_ == _DATA_ROW:
-            if exchange.columns is not None and exchange.tag is None:
-                self._receive_row(exchange, payload)
-        elif type_ == _READY:
-            self._exchanges.popleft()
-            if exchange.next is not None and exchange.error is not None and not exchange.committed:
-                self._exchanges.popleft()  # skipped, up to the Sync that this answers
-            if self._exchanges:
-                self._attend(self._exchanges[0])
-            self.status = exchange.status = backend.transaction_status(payload)
-            if exchange.future is None:
-                if exchange.error is not None or exchange.status != _IDLE:
-                    self._reset_fault = exchange.error or ServerError({"M": "the session is not idle"})
-            elif not exchange.future.done():
-                exchange.future.set_result(exchange)
-        elif type_ == _ROW_DESCRIPTION:
-            if exchange.tag is None and not exchange.described:
-                exchange.described = True
-                exchange.columns = backend.row_description(payload)
-        elif type_ == _NO_DATA:
-            exchange.described = True
-        elif type_ == Backend.EMPTY_QUERY_RESPONSE:
-            exchange.tags.append("")
-            if exchange.described and exchange.tag is None:
-                exchange.tag = ""
-        elif type_ == Backend.COPY_OUT_RESPONSE:
-            exchange.copy = True
-        elif type_ == Backend.COPY_IN_RESPONSE:
-            exchange.copy = True
-            assert self._transport is not None
-            self._flush()
-            self._transport.write(build.copy_fail("no client") + (_SYNC if exchange.resync else b""))
-
-    def _receive_row(self, exchange: _Exchange, payload: bytes) -> None:
-        if exchange.future is not None and exchange.future.done():
-            return  # given up: too large, or the waiter was cancelled
-        if not exchange.described:
-            return  # of a statement of the engine's own
-        exchange.size += len(payload)
-        if exchange.size > self.max_bytes or len(exchange.rows) >= self.max_rows:
-            fault = self._too_large(exchange, bytes_=exchange.size > self.max_bytes)
-            exchange.rows = []
-            if exchange.future is not None:
-                exchange.future.set_exception(fault)
-            return
-        exchange.rows.append(backend.data_row(payload))
-
-    def _too_large(self, exchange: _Exchange, *, bytes_: bool) -> ResultTooLargeError:
-        if bytes_:
-            return ResultTooLargeError(f"the result is larger than max_result_bytes ({self.max_bytes})")
-        return ResultTooLargeError(f"the result has more rows than max_result_rows ({self.max_rows})")
