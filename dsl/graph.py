@@ -229,6 +229,9 @@ def _no_json(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
+_TYPES = dict(NodeType.__members__)
+
+
 def _node(index: int, item: Any, count: int) -> Node:
     if not isinstance(item, dict):
         raise GraphError(f"Invalid graph: node at place {index} is not an object")
@@ -239,28 +242,25 @@ def _node(index: int, item: Any, count: int) -> Node:
     identity, kind = item.get("id"), item.get("type")
     if not isinstance(identity, str) or not _ID.fullmatch(identity):
         raise fault(f"id is not 8 hex digits: {_excerpt(identity)}")
-    if not isinstance(kind, str) or kind not in NodeType.__members__:
+    type_ = _TYPES.get(kind) if isinstance(kind, str) else None
+    if type_ is None:
         raise fault(f"Unknown node_type '{_excerpt(kind)}'. Valid types: {', '.join(NodeType)}")
     query, name = item.get("query"), item.get("name")
-    if not isinstance(query, str | None):
+    if query is not None and not isinstance(query, str):
         raise fault("query is not text")
     if name is not None and (not isinstance(name, str) or not _NAME.fullmatch(name)):
         raise fault(f"result name is not a valid identifier: {_excerpt(name)}")
-
-    def place(child: Any, role: str) -> int:
-        if isinstance(child, bool) or not isinstance(child, int) or not index < child < count:
-            raise fault(f"{role} is not the place of a later node: {_excerpt(child)}")
-        return child
-
-    def optional(role: str) -> int | None:
-        child = item.get(role)
-        return None if child is None else place(child, role)
-
     extras = item.get("extras")
-    if not isinstance(extras, list | None):
+    if extras is not None and not isinstance(extras, list):
         raise fault("extras is not an array")
-    node = Node(index, identity, NodeType(kind), query, name, optional("left"), optional("right"),
-                optional("condition"), tuple(place(child, "extras") for child in extras or ()))
+    left, right, condition = item.get("left"), item.get("right"), item.get("condition")
+    if not (left is right is condition is extras is None):  # most are leaves
+        fixed = [(role, child) for role, child in (("left", left), ("right", right), ("condition", condition))
+                 if child is not None]
+        for role, child in (*fixed, *(("extras", child) for child in extras or ())):
+            if isinstance(child, bool) or not isinstance(child, int) or not index < child < count:
+                raise fault(f"{role} is not the place of a later node: {_excerpt(child)}")
+    node = Node(index, identity, type_, query, name, left, right, condition, tuple(extras or ()))
     wrong = _structure_fault(node)
     if wrong:
         raise fault(f"{node.type} {wrong}")

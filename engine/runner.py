@@ -52,6 +52,7 @@ _BAD_LOGIN = frozenset({"28P01", "28000"})
 AWAY = 1.0
 #: Seconds that a workflow may keep its session from step to step while other steps wait for a place.
 SHARE = 0.05
+_NO_TYPES = TypeCatalog()
 #: Encoding more than this many bytes happens in a thread.
 _THREAD_BYTES = 256 * 1024
 
@@ -532,7 +533,9 @@ class Runner:
     async def _encode(self, job: Job, lease: SessionLease,
                       result: StepResult) -> tuple[str, tuple[Column, ...]] | StepError:
         """The result as JSON text and columns; StepError if its bytes can't be understood."""
-        fields = [(c.name, c.type_oid, c.type_modifier) for c in result.columns or ()]
+        if not result.columns:
+            return encode_rows((), result.rows, _NO_TYPES), ()
+        fields = [(c.name, c.type_oid, c.type_modifier) for c in result.columns]
         oids = [oid for _, oid, _ in fields]
         size = sum(len(v) for row in result.rows for v in row if v is not None) if len(result.rows) > 100 else 0
         try:

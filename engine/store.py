@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any
 from uuid import uuid4
 
@@ -245,6 +246,23 @@ def checkpoint_arguments(instance_id: str, token: str, changes: Changes, *, big:
     ]
 
 
+@lru_cache(256)
+def _tag_json(tag: str) -> str:
+    return _to_json({"tag": tag})
+
+
+def _meta_json(meta: Mapping[str, Any] | None) -> str | None:
+    if meta is None:
+        return None
+    return _tag_json(meta["tag"]) if len(meta) == 1 and "tag" in meta else _to_json(dict(meta))
+
+
+def _types_json(columns: tuple[Column, ...] | None) -> str | None:
+    if columns is None:
+        return None
+    return _to_json([c.to_json() for c in columns]) if columns else "[]"
+
+
 def step_done_arguments(instance_id: str, token: str, changes: Changes, key: Key) -> list[str | None] | None:
     """The nine arguments of duroxide.step_done, where that can record `changes`: the leaf `key` is completed, and
     nothing else happened but that the instance may have ended with its result.
@@ -262,8 +280,8 @@ def step_done_arguments(instance_id: str, token: str, changes: Changes, key: Key
         row.execution,
         str(row.node),
         row.result,
-        None if row.columns is None else _to_json([c.to_json() for c in row.columns]),
-        None if row.meta is None else _to_json(dict(row.meta)),
+        _types_json(row.columns),
+        _meta_json(row.meta),
         None if row.started_at is None else row.started_at.isoformat(),
         "f" if finish is None else "t",
     ]

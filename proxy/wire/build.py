@@ -26,6 +26,9 @@ _U16: Final = struct.Struct(">H")
 _I32: Final = struct.Struct(">i")
 _U32: Final = struct.Struct(">I")
 
+_NULL: Final = _I32.pack(-1)
+_NO_FORMATS: Final = _U16.pack(0)
+
 Text = str | bytes
 
 
@@ -111,12 +114,20 @@ def bind(
     result_formats: Sequence[int] = (),
 ) -> bytes:
     """Bind; formats are 0 (text) or 1 (binary): none means all text, one means that one for all."""
-    parts = [_cstring(portal), _cstring(statement)]
-    parts += [_U16.pack(len(param_formats)), *map(_U16.pack, param_formats), _U16.pack(len(params))]
+    parts = [_cstring(portal), _cstring(statement), _formats(param_formats), _U16.pack(len(params))]
+    size_of = _I32.pack
     for value in params:
-        parts += [_I32.pack(-1)] if value is None else [_I32.pack(len(value)), value]
-    parts += [_U16.pack(len(result_formats)), *map(_U16.pack, result_formats)]
+        if value is None:
+            parts.append(_NULL)
+        else:
+            parts.append(size_of(len(value)))
+            parts.append(value)
+    parts.append(_formats(result_formats))
     return message(Frontend.BIND, b"".join(parts))
+
+
+def _formats(formats: Sequence[int]) -> bytes:
+    return struct.pack(f">{len(formats) + 1}H", len(formats), *formats) if formats else _NO_FORMATS
 
 
 def describe_portal(name: Text = "") -> bytes:
