@@ -263,6 +263,17 @@ class StepConnection(asyncio.Protocol):
         exchange, self._begun = self._begun, None
         return await self._ran(exchange)
 
+    def begun_result(self) -> StepResult | None:
+        """What `run_begun` would give, if that is here already and no error."""
+        exchange = self._begun
+        if exchange is None or exchange.future is None or not exchange.future.done() \
+                or exchange.future.exception() is not None:
+            return None
+        try:
+            return self._checked(exchange)
+        except (ServerError, StepRefusedError, ConnectionLostError):
+            return None
+
     def _step(self, role_sql: str | None, sql: str) -> list[bytes]:
         role = b""
         if role_sql is not None:
@@ -273,6 +284,9 @@ class StepConnection(asyncio.Protocol):
 
     async def _ran(self, exchange: Exchange) -> StepResult:
         await self._wait(exchange)
+        return self._checked(exchange)
+
+    def _checked(self, exchange: Exchange) -> StepResult:
         # Only known now: the answer to the reset came before the answers to this.
         if self._replies.reset_fault is not None:
             raise ConnectionLostError(f"the session could not be reset: {self._replies.reset_fault}")
@@ -302,6 +316,7 @@ class StepConnection(asyncio.Protocol):
 
     async def _commit(self, parts: list[bytes], statements: int, then: tuple[str | None, str] | None = None) -> None:
         """COMMIT, and the reset behind it, after these parts; so many statements, where the session is not pooled."""
+        self._begun = None
         if self.pooled:
             exchange = await self._exchange([*parts, _COMMIT, _SYNC])
             committed = exchange.error is None and exchange.tags[-1:] == ["COMMIT"]

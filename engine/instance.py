@@ -409,6 +409,11 @@ class HeldInstance:
         if key in self._forced:
             self._mailbox.append(StepEnded(key, self._forced[key]))
             return
+        if begun is not None and not is_http_select(step.text) \
+                and (ready := self._shared.runner.ended(begun)) is not None:
+            # Its answer has come together with that of the commit before it.
+            self._mailbox.append(StepEnded(key, ready))
+            return
         task = self._tasks[key] = self._group.create_task(self._run_step(step, begun))
         if begun is not None:
             # A task that is cancelled before it begins never gets to give the session back.

@@ -117,10 +117,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A step that went to the server with the commit of the one before it, in that one's session."""
+    """A step that went to the server with the commit of the one before it, in that one's session, `at` that time of the
+    database.
+    """
 
     lease: SessionLease
     sql: str
+    at: datetime
 
 
 class SessionLease:
@@ -320,13 +323,21 @@ class Runner:
         if self._identities.known(identity.oid) is not identity:
             return None  # it is time to ask again who that is
         sql = self._compile(step, instance_id)
-        return None if _unfit(sql) else Begun(lease, sql)
+        return None if _unfit(sql) else Begun(lease, sql, self._store.clock.now())
+
+    def ended(self, begun: Begun) -> Ready | None:
+        """The outcome of a step that has begun, if it is known already and is that it has run; otherwise `run` it."""
+        result = begun.lease.connection.begun_result()
+        encoded = None if result is None else self._encode_now(None, result)
+        if result is None or encoded is None:
+            return None
+        return Ready(begun.at, *encoded, meta={"tag": result.tag}, lease=begun.lease)
 
     async def run(self, job: Job, begun: Begun | None = None) -> Outcome:
         """Runs a step to an outcome; `begun`: its first attempt is under way. Raises only LeaseLostError (from
         `record_started`), CancelledError, and bugs.
         """
-        started = self._store.clock.now()
+        started = self._store.clock.now() if begun is None else begun.at
         sql = self._compile(job.step, job.instance_id) if begun is None else begun.sql
         if (unfit := _unfit(sql)) is not None:
             return Failed(started, unfit)
@@ -533,17 +544,15 @@ class Runner:
     async def _encode(self, job: Job, lease: SessionLease,
                       result: StepResult) -> tuple[str, tuple[Column, ...]] | StepError:
         """The result as JSON text and columns; StepError if its bytes can't be understood."""
-        if not result.columns:
-            return encode_rows((), result.rows, _NO_TYPES), ()
-        fields = [(c.name, c.type_oid, c.type_modifier) for c in result.columns]
-        oids = [oid for _, oid, _ in fields]
-        size = sum(len(v) for row in result.rows for v in row if v is not None) if len(result.rows) > 100 else 0
+        if (now := self._encode_now(job.database, result)) is not None:
+            return now
+        fields, oids = _fields(result)
         try:
             for _ in range(3):
                 catalog = await self._types(job, lease, oids)
                 columns = describe(fields, catalog)
                 try:
-                    if size > _THREAD_BYTES:
+                    if _is_large(result):
                         return await asyncio.to_thread(encode_rows, columns, result.rows, catalog), columns
                     return encode_rows(columns, result.rows, catalog), columns
                 except StaleTypeError as e:
@@ -551,6 +560,20 @@ class Runner:
         except ValueError as e:
             return StepError(f"SQL execution failed: the result can't be read: {e}", "22P02")
         return StepError("SQL execution failed: a type of the result changes all the time", "XX000")
+
+    def _encode_now(self, database: str | None, result: StepResult) -> tuple[str, tuple[Column, ...]] | None:
+        """The same for what is small and needs no question to the database; None where it isn't, or something is wrong.
+        """
+        if not result.columns:
+            return encode_rows((), result.rows, _NO_TYPES), ()
+        fields, oids = _fields(result)
+        if database is not None or _is_large(result) or (catalog := self._store.known_types(oids)) is None:
+            return None
+        columns = describe(fields, catalog)
+        try:
+            return encode_rows(columns, result.rows, catalog), columns
+        except ValueError:  # StaleTypeError is one
+            return None
 
     async def _types(self, job: Job, lease: SessionLease, oids: Sequence[int]) -> TypeCatalog:
         if job.database is None:
@@ -567,6 +590,16 @@ class Runner:
                 raise TransientError(str(e)) from e
             catalog.load((rows[0][0] or b"[]").decode(), unknown)
         return catalog
+
+
+def _fields(result: StepResult) -> tuple[list[tuple[str, int, int]], list[int]]:
+    """Columns as `describe` wants them, and the OIDs of their types."""
+    fields = [(c.name, c.type_oid, c.type_modifier) for c in result.columns or ()]
+    return fields, [oid for _, oid, _ in fields]
+
+
+def _is_large(result: StepResult) -> bool:
+    return len(result.rows) > 100 and sum(len(v) for row in result.rows for v in row if v is not None) > _THREAD_BYTES
 
 
 class _OutsideError(Exception):

@@ -621,13 +621,20 @@ class Store:
         async with self._connection() as c:
             await c.execute(sql, *parameters)
 
-    async def types(self, oids: Iterable[int]) -> TypeCatalog:
-        """The catalog of the home database, with `oids` in it. What was loaded is asked for anew once a minute."""
+    def known_types(self, oids: Iterable[int]) -> TypeCatalog | None:
+        """As `types`, if nothing has to be asked for."""
+        catalog = self._fresh_catalog()
+        return None if catalog.unknown(oids) else catalog
+
+    def _fresh_catalog(self) -> TypeCatalog:
         if time.monotonic() - self._catalog_at > 60:
             self.catalog, self._catalog_at = TypeCatalog(), time.monotonic()
-        catalog = self.catalog
-        unknown = catalog.unknown(oids)
-        if unknown:
+        return self.catalog
+
+    async def types(self, oids: Iterable[int]) -> TypeCatalog:
+        """The catalog of the home database, with `oids` in it. What was loaded is asked for anew once a minute."""
+        catalog = self._fresh_catalog()
+        if unknown := catalog.unknown(oids):
             async with self._connection() as c:
                 text = await c.fetchval(TYPES_SQL, "{" + ",".join(map(str, unknown)) + "}")
             catalog.load(text, unknown)
