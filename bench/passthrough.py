@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from bench.measure import interleaved, median, middle_ratio
 from bench.stage import NO_PGBOUNCER, Program, Run, Stage
 from bench.table import Reach, Row
 
 MODES = ("simple", "extended", "prepared")
-#: Clients, and transactions of each in one run. So many that it hardly matters that each run of dfproxy's and the echo
-#: relay's begins with new server sessions, with empty caches, while PgBouncer keeps its own from run to run.
-CLIENTS = {1: 6000, 8: 4500, 32: 1800}
-REPEATS = 3
+#: Clients, and transactions of each in one run.
+CLIENTS = {1: 4000, 8: 3000, 32: 1200}
+#: Transactions of each client in the short run before it, which is subtracted: log-ins, and what server sessions with
+#: empty caches cost at first. PgBouncer keeps its own from run to run; those of the others are new each time.
+BEGINNING = 100
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Steady:
+    """Microseconds of CPU time a transaction, and transactions a second, once a run is under way."""
+
+    cpu: float
+    tps: float
 
 
 def run(stage: Stage) -> Iterator[Row]:
@@ -34,13 +45,15 @@ def _cell(stage: Stage, programs: list[Program], mode: str, clients: int) -> Ite
     def one(program: Program, transactions: int = CLIENTS[clients]) -> Run:
         return stage.pgbench(program, "-S", "-M", mode, clients=clients, transactions=transactions)
 
-    # Of the CPU time of a short run a good part is that of the log-ins, which are another row's business.
-    logins = {p.name: one(p, 1) for p in programs}
+    def pair(program: Program) -> Steady:
+        beginning = one(program, BEGINNING)
+        whole = one(program)
+        return Steady(whole.beyond(beginning), whole.rate_beyond(beginning))
 
-    taken = interleaved(REPEATS, [lambda p=p: one(p) for p in programs])  # type: ignore[misc]
-    found = {p.name: runs for p, runs in zip(programs, taken, strict=True)} | {"direct": [one(stage.direct)]}
+    taken = interleaved(REPEATS, [lambda p=p: pair(p) for p in programs])  # type: ignore[misc]
+    found = {p.name: runs for p, runs in zip(programs, taken, strict=True)} | {"direct": [pair(stage.direct)]}
     tps = {name: median([r.tps for r in runs]) for name, runs in found.items()}
-    cpu = {name: median([r.beyond(logins[name]) for r in runs]) for name, runs in found.items() if name != "direct"}
+    cpu = {name: median([r.cpu for r in runs]) for name, runs in found.items() if name != "direct"}
     where = f"{mode}, {clients} client{'s' if clients > 1 else ''}"
     details = {"tps": tps, "cpu": cpu}
     bouncer = found.get("PgBouncer")

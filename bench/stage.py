@@ -216,6 +216,11 @@ class Run:
         """The same for those transactions that a shorter run did not have: without what both have done once."""
         return (self.cpu - shorter.cpu) / (self.transactions - shorter.transactions) * 1e6
 
+    def rate_beyond(self, shorter: Run) -> float:
+        """Transactions a second of those that a shorter run did not have."""
+        more = self.transactions / self.tps - shorter.transactions / shorter.tps
+        return (self.transactions - shorter.transactions) / more
+
 
 def _spent(process: psutil.Process) -> float:
     """Seconds of CPU time of one process. Its clock is exact, what psutil reads comes in hundredths of a second."""
