@@ -9,6 +9,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dsl.values import Column
 
 #: One parameter, a text such as `{16385,16390}` (OIDs); one row, one text column, for TypeCatalog.load. Brings along
 #: the types that those are made of. Names are written with their schema, so that a search_path can't change them.
@@ -101,6 +105,8 @@ class TypeCatalog:
 
     def __init__(self) -> None:
         self._types = dict(_BUILTIN)
+        #: What dsl.values.describe has made of columns, for as long as nothing is learnt about types.
+        self.described: dict[tuple[tuple[str, int, int], ...], tuple[Column, ...]] = {}
 
     def get(self, oid: int) -> TypeInfo | None:
         """The type, or None when it is not known (its values are then shown as their text)."""
@@ -125,6 +131,7 @@ class TypeCatalog:
 
     def load(self, text: str, asked: Iterable[int] = ()) -> None:
         """Takes in the result of TYPES_SQL. `asked` types that are not in it (dropped meanwhile) count as text."""
+        self.described.clear()
         for item in json.loads(text):
             oid = item["oid"]
             if oid not in _BUILTIN:
@@ -136,6 +143,7 @@ class TypeCatalog:
 
     def forget(self, oid: int) -> None:
         """Drops what was loaded about a type that has changed."""
+        self.described.clear()
         if oid not in _BUILTIN:
             self._types.pop(oid, None)
 

@@ -159,13 +159,24 @@ def compact(value: Json) -> str:
             return "{" + ",".join([f"{json_string(key)}:{compact(item)}" for key, item in value.items()]) + "}"
 
 
+#: Statements of the same kind return the same columns: so many are remembered.
+_DESCRIBED = 256
+
+
 def describe(fields: Iterable[tuple[str, int, int]], catalog: TypeCatalog) -> tuple[Column, ...]:
     """The columns of a RowDescription: (name, type OID, type modifier) each. Load `catalog.unknown` types before."""
-    listed = list(fields)
+    listed = tuple(fields)
+    known = catalog.described.get(listed)
+    if known is not None:
+        return known
     names = _distinct([name for name, _, _ in listed])
-    return tuple(
+    columns = tuple(
         Column(name, oid, catalog.format_type(oid, modifier) if catalog.castable(oid) else "text", catalog.shape(oid))
         for name, (_, oid, modifier) in zip(names, listed, strict=True))
+    if len(catalog.described) >= _DESCRIBED:
+        catalog.described.clear()
+    catalog.described[listed] = columns
+    return columns
 
 
 def _distinct(names: list[str]) -> list[str]:

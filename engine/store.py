@@ -257,6 +257,7 @@ def _meta_json(meta: Mapping[str, Any] | None) -> str | None:
     return _tag_json(meta["tag"]) if len(meta) == 1 and "tag" in meta else _to_json(dict(meta))
 
 
+@lru_cache(256)
 def _types_json(columns: tuple[Column, ...] | None) -> str | None:
     if columns is None:
         return None
