@@ -58,7 +58,7 @@ class Exchange:
     __slots__ = ("ahead", "begun", "columns", "committed", "copy", "described", "error", "future", "next", "resync",
                  "rows", "shape", "size", "status", "tag", "tags")
 
-    def __init__(self, future: asyncio.Future[Exchange] | None, *, resync: bool = False, ahead: int = 0) -> None:
+    def __init__(self, future: asyncio.Future[None] | None, *, resync: bool = False, ahead: int = 0) -> None:
         self.future = future
         self.ahead = ahead
         self.committed = False  # the COMMIT of `ahead` has succeeded
@@ -264,7 +264,7 @@ class Replies:
             if exchange.error is not None or status != _IDLE:
                 self.reset_fault = exchange.error or ServerError({"M": "the session is not idle"})
         elif not exchange.future.done():
-            exchange.future.set_result(exchange)
+            exchange.future.set_result(None)
 
     def _receive_error(self, exchange: Exchange | None, payload: bytes) -> bytes:
         error = ServerError(backend.error_fields(payload))

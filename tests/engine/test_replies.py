@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +112,24 @@ def test_plain_replies_are_remembered_and_others_not() -> None:
     # A part of the next answer has come with it.
     talk([plain, begun], [len(plain.said()) + len(PARSED) + 5], known)
     assert len(known) == 1
+
+
+async def test_an_exchange_that_is_over_is_gone() -> None:
+    """Without garbage collection, which costs more the more it has to look for."""
+    loop = asyncio.get_running_loop()
+    replies = Replies(max_rows=1, max_bytes=1000, known=Never())
+    exchange = Exchange(loop.create_future(), ahead=1)
+    assert exchange.future is not None
+    future = weakref.ref(exchange.future)
+    replies.expect(exchange)
+    replies.feed(build.command_complete("SET") + build.command_complete("COMMIT") + build.ready_for_query(ord("I")))
+    await exchange.future
+    gc.disable()
+    try:
+        del exchange
+        assert future() is None
+    finally:
+        gc.enable()
 
 
 async def test_what_must_be_written_at_once() -> None:
