@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
@@ -254,17 +253,24 @@ def _node(index: int, item: Any, count: int) -> Node:
     if extras is not None and not isinstance(extras, list):
         raise fault("extras is not an array")
     left, right, condition = item.get("left"), item.get("right"), item.get("condition")
-    if not (left is right is condition is extras is None):  # most are leaves
-        fixed = [(role, child) for role, child in (("left", left), ("right", right), ("condition", condition))
-                 if child is not None]
-        for role, child in (*fixed, *(("extras", child) for child in extras or ())):
-            if isinstance(child, bool) or not isinstance(child, int) or not index < child < count:
+    if left is not None or right is not None or condition is not None or extras:
+        for role, child in (("left", left), ("right", right), ("condition", condition)):
+            if child is not None and not _is_place(child, index, count):
                 raise fault(f"{role} is not the place of a later node: {_excerpt(child)}")
+        for child in extras or ():
+            if not _is_place(child, index, count):
+                raise fault(f"extras is not the place of a later node: {_excerpt(child)}")
+    elif query is not None and type_ in LEAVES:  # most are
+        return Node(index, identity, type_, query, name)
     node = Node(index, identity, type_, query, name, left, right, condition, tuple(extras or ()))
     wrong = _structure_fault(node)
     if wrong:
         raise fault(f"{node.type} {wrong}")
     return node
+
+
+def _is_place(child: Any, index: int, count: int) -> bool:
+    return type(child) is int and index < child < count  # a boolean is none
 
 
 def _structure_fault(node: Node) -> str | None:
@@ -295,25 +301,23 @@ def _check_tree(nodes: tuple[Node, ...]) -> None:
     """One tree, ids used once, not too deep. Children come after parents, so one pass in order sees parents first."""
     depth = [-1] * len(nodes)
     depth[0] = 0
-    for parent, child in _edges(nodes):
-        if depth[child] >= 0:
-            raise GraphError(f"Invalid graph: node at place {child} has more than one parent")
-        if depth[parent] < 0:
-            raise GraphError(f"Invalid graph: node at place {parent} has no parent")
-        depth[child] = depth[parent] + 1
-        if depth[child] > MAX_DEPTH:
-            raise GraphError(f"Graph exceeds maximum nesting depth of {MAX_DEPTH}. "
-                             "Simplify the workflow or break it into multiple instances.")
+    for node in nodes:
+        if node.type in LEAVES:
+            continue
+        below = depth[node.index] + 1
+        for child in node.children:
+            if depth[child] >= 0:
+                raise GraphError(f"Invalid graph: node at place {child} has more than one parent")
+            if below == 0:
+                raise GraphError(f"Invalid graph: node at place {node.index} has no parent")
+            if below > MAX_DEPTH:
+                raise GraphError(f"Graph exceeds maximum nesting depth of {MAX_DEPTH}. "
+                                 "Simplify the workflow or break it into multiple instances.")
+            depth[child] = below
     if -1 in depth:
         raise GraphError(f"Invalid graph: node at place {depth.index(-1)} has no parent")
     if len({node.id for node in nodes}) != len(nodes):
         raise GraphError("Invalid graph: a node id is used twice")
-
-
-def _edges(nodes: tuple[Node, ...]) -> Iterator[tuple[int, int]]:
-    for node in nodes:
-        for child in node.children:
-            yield node.index, child
 
 
 def _excerpt(value: Any) -> str:
