@@ -71,11 +71,11 @@ async def test_claim_load_checkpoint_finish(database: Database) -> None:
 
 
 async def test_step_done_records_what_a_checkpoint_would(database: Database) -> None:
-    """In the middle, at the end, over a row that is there already, and after a cancel; and it refuses an old token."""
+    """In the middle, at the end, and after a cancel; and it refuses an old token, and what is recorded already."""
     await install(database)
     began = datetime(2026, 1, 2, tzinfo=UTC)
     rows = [Checkpoint("", 1, "completed", '{"n":1}', (Column("n", 23, "int4"),), None, {"tag": "SELECT 1"}, began),
-            Checkpoint("", 1, "completed", '{"n":2}', (), None, None, None),
+            Checkpoint("", 3, "completed", '{"n":2}', (), None, None, None),
             Checkpoint("/1:2", 2, "completed", '{"x":"é"}', None, None, {"tag": "UPDATE 3"}, began)]
     with Client(database) as c:
         found = []
@@ -85,8 +85,6 @@ async def test_step_done_records_what_a_checkpoint_would(database: Database) -> 
             claims = {claim.instance_id: claim for claim in (await store.poll(10)).claims}
             for instance in pair:
                 c.execute("INSERT INTO duroxide.signals (instance_id, name) VALUES (%s, 'go')", instance)
-                c.execute("INSERT INTO duroxide.history (instance_id, execution, node, event, error, meta, started_at) "
-                          "VALUES (%s, '', 1, 'started', '{}', '{\"attempt\": 1}', '2026-01-01')", instance)
             for instance, brief in zip(pair, (True, False), strict=True):
                 token = claims[instance].token
 
@@ -115,17 +113,27 @@ async def test_step_done_records_what_a_checkpoint_would(database: Database) -> 
                                        "WHERE instance_id = %s ORDER BY 1, 2", instance))
                     seen.append(c.rows("SELECT status, output FROM duroxide.instances WHERE id = %s", instance))
                     seen.append(c.rows("SELECT owner, claims FROM duroxide.queue WHERE instance_id = %s", instance))
-                await record(rows[2], Finish("completed", '{"x":"é"}'))
+                last = replace(rows[2], node=5)
+                await record(last, Finish("completed", '{"x":"é"}'))
                 seen.append(c.rows("SELECT status, output, error, started_at IS NOT NULL, ended_at >= started_at, updated_at >= started_at "
                                    "FROM duroxide.instances WHERE id = %s", instance))
                 seen.append(c.rows("SELECT FROM duroxide.queue WHERE instance_id = %s", instance))
                 seen.append(c.rows("SELECT FROM duroxide.signals WHERE instance_id = %s", instance))
                 with pytest.raises(asyncpg.PostgresError) as caught:
-                    await record(rows[2], Finish("completed", '{"x":"é"}'))
+                    await record(last, Finish("completed", '{"x":"é"}'))
                 assert caught.value.sqlstate == "DF001"
                 found.append(seen)
             assert found[0] == found[1]
             assert found[0][-3:] == [[("completed", '{"x":"é"}', None, True, True, True)], [], []]
+
+            # A step that ran twice must fail, rather than replace what it found the first time.
+            instance = c.start(seq(sql("SELECT 1"), signal("go")))
+            [claim] = (await store.poll(10)).claims
+            call = "CALL duroxide.step_done($1, $2::text::uuid, '', 1, $3, NULL, NULL, NULL, false)"
+            await store.execute(call, instance, claim.token, "1")
+            with pytest.raises(asyncpg.UniqueViolationError):
+                await store.execute(call, instance, claim.token, "2")
+            assert c.rows("SELECT result FROM duroxide.history WHERE instance_id = %s", instance) == [("1",)]
 
             # Whoever cancels first has the last word.
             instance = c.start(sql("SELECT 1"))
@@ -134,7 +142,7 @@ async def test_step_done_records_what_a_checkpoint_would(database: Database) -> 
             await store.execute("CALL duroxide.step_done($1, $2::text::uuid, '', 0, '1', NULL, NULL, NULL, true)",
                                 instance, claim.token)
             assert c.outcome(instance) == ("cancelled", "canceled: enough")
-            assert c.rows("SELECT FROM duroxide.queue") == []
+            assert c.rows("SELECT FROM duroxide.queue WHERE instance_id = %s", instance) == []
 
 
 async def test_a_claim_brings_what_is_new_and_small(database18: Database) -> None:

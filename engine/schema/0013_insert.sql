@@ -1,0 +1,34 @@
+-- A step that is recorded together with its own effects has no row yet: `started` is written for steps that are run at least
+-- once, and those are recorded by checkpoint. So step_done inserts. ON CONFLICT would look into the index twice and write to
+-- the log twice, for each step; and if ever a step ran a second time, it is the second that should fail.
+--
+-- As in 0011 but for that.
+CREATE OR REPLACE PROCEDURE duroxide.step_done(
+    p_instance text, p_token uuid, p_execution text, p_node integer, p_result text, p_types jsonb, p_meta jsonb,
+    p_started timestamptz, p_ends boolean)
+LANGUAGE plpgsql SECURITY DEFINER
+SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+AS $$
+BEGIN
+    -- Whoever deletes an instance locks its row before the queue's; in the other order the two would wait for each other.
+    IF p_ends THEN
+        -- A cancel that committed first has set the status already; it stays.
+        UPDATE duroxide.instances i
+           SET status = 'completed', output = p_result, error = NULL, started_at = q.started_at,
+               updated_at = clock_timestamp(), ended_at = clock_timestamp()
+          FROM duroxide.queue q
+         WHERE i.id = p_instance AND i.status IN ('pending', 'running') AND q.instance_id = p_instance AND q.token = p_token;
+        DELETE FROM duroxide.queue q WHERE q.instance_id = p_instance AND q.token = p_token;
+    ELSE
+        PERFORM FROM duroxide.queue q WHERE q.instance_id = p_instance AND q.token = p_token FOR UPDATE;
+    END IF;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'lease on instance % lost', p_instance USING ERRCODE = 'DF001';
+    END IF;
+    INSERT INTO duroxide.history (instance_id, execution, node, event, result, types, meta, started_at)
+    VALUES (p_instance, p_execution, p_node, 'completed', p_result, p_types, p_meta, p_started);
+    IF p_ends THEN
+        DELETE FROM duroxide.signals WHERE instance_id = p_instance;
+    END IF;
+END $$;
