@@ -17,13 +17,16 @@ CLIENTS = {1: 4000, 8: 3000, 32: 1200}
 #: empty caches cost at first. PgBouncer keeps its own from run to run; those of the others are new each time.
 BEGINNING = 100
 REPEATS = 5
+#: What dfproxy is without its compiled code, and the cell in which that is measured.
+PYTHON, BY_PYTHON = "dfproxy without compiled code", ("prepared", 8)
 
 
 @dataclass(frozen=True)
 class Steady:
-    """Microseconds of CPU time a transaction, and transactions a second, once a run is under way."""
+    """Microseconds of CPU time a transaction, in all and outside of the kernel, and transactions a second."""
 
     cpu: float
+    outside: float
     tps: float
 
 
@@ -35,10 +38,12 @@ def run(stage: Stage) -> Iterator[Row]:
         twice = stack.enter_context(stage.dfproxy("dfproxy of two processes", "--processes", "2"))
         echo = stack.enter_context(stage.echo())
         bouncer = stack.enter_context(stage.pgbouncer())
+        python = stack.enter_context(stage.dfproxy(PYTHON, fastpath="false"))
         programs = [echo, ours, twice, *([bouncer] if bouncer is not None else [])]
         for mode in MODES:
             for clients in CLIENTS:
-                yield from _cell(stage, programs, mode, clients)
+                also = [python] if (mode, clients) == BY_PYTHON else []
+                yield from _cell(stage, [*programs, *also], mode, clients)
 
 
 def _cell(stage: Stage, programs: list[Program], mode: str, clients: int) -> Iterator[Row]:
@@ -47,8 +52,10 @@ def _cell(stage: Stage, programs: list[Program], mode: str, clients: int) -> Ite
 
     def pair(program: Program) -> Steady:
         beginning = one(program, BEGINNING)
+        before = program.outside()
         whole = one(program)
-        return Steady(whole.beyond(beginning), whole.rate_beyond(beginning))
+        outside = (program.outside() - before) / whole.transactions * 1e6
+        return Steady(whole.beyond(beginning), outside, whole.rate_beyond(beginning))
 
     taken = interleaved(REPEATS, [lambda p=p: pair(p) for p in programs])  # type: ignore[misc]
     found = {p.name: runs for p, runs in zip(programs, taken, strict=True)} | {"direct": [pair(stage.direct)]}
@@ -63,6 +70,13 @@ def _cell(stage: Stage, programs: list[Program], mode: str, clients: int) -> Ite
         ratio = middle_ratio([r.tps for r in found[name]], [r.tps for r in bouncer]) if bouncer else None
         yield Row(f"-S {where}{what}", "tps", tps[name], "PgBouncer", tps[name] / ratio if ratio else None,
                   Reach(reach), note, details if not what else {})
+    # Read in hundredths of a second, hence the mean of all runs.
+    outside = {name: sum(r.outside for r in runs) / len(runs) for name, runs in found.items()}
     yield Row(f"-S {where}", "us CPU", cpu["dfproxy"], "echo relay", cpu["echo relay"], Reach(1.3, most=True),
               (f"PgBouncer {cpu['PgBouncer']:.1f} us CPU; " if bouncer else "")
-              + f"echo relay {tps['echo relay']:,.0f} tps, direct {tps['direct']:,.0f}")
+              + f"echo relay {tps['echo relay']:,.0f} tps, direct {tps['direct']:,.0f}; outside of the kernel: "
+              + ", ".join(f"{name} {outside[name]:.1f} us" for name in ("dfproxy", "echo relay", "PgBouncer")
+                          if name in outside))
+    if PYTHON in cpu:
+        yield Row(f"-S {where}, without compiled code", "us CPU", cpu[PYTHON], "dfproxy", cpu["dfproxy"], None,
+                  f"{tps[PYTHON]:,.0f} tps")

@@ -63,7 +63,11 @@ class Program:
 
     def cpu(self) -> float:
         """Seconds of CPU time that it and its children have used; 0 for the server, whose children come and go."""
-        return 0.0 if self.name == DIRECT else sum(_spent(p) for p in self._family())
+        return 0.0 if self.name == DIRECT else sum(process_time(p.pid) for p in self._family())
+
+    def outside(self) -> float:
+        """Of that, the seconds that were spent outside of the kernel, in hundredths."""
+        return 0.0 if self.name == DIRECT else float(sum(p.cpu_times().user for p in self._family()))
 
     def memory(self) -> int:
         """Bytes of memory that it and its children occupy."""
@@ -130,7 +134,7 @@ class Stage:
         spent = sum(times[:4])  # its own, and its children's that it has seen end
         for child in process.children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                spent += _spent(child)
+                spent += process_time(child.pid)
         return float(spent)
 
     # -- programs in between ------------------------------------------------------------------------------
@@ -222,12 +226,12 @@ class Run:
         return (self.transactions - shorter.transactions) / more
 
 
-def _spent(process: psutil.Process) -> float:
+def process_time(pid: int) -> float:
     """Seconds of CPU time of one process. Its clock is exact, what psutil reads comes in hundredths of a second."""
     try:
-        return time.clock_gettime((~process.pid << 3) | 2)  # clock_getcpuclockid() of Linux
+        return time.clock_gettime((~pid << 3) | 2)  # clock_getcpuclockid() of Linux
     except OSError:
-        return float(sum(process.cpu_times()[:2]))
+        return float(sum(psutil.Process(pid).cpu_times()[:2]))
 
 
 def _said(pattern: str, out: str) -> float:
