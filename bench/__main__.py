@@ -60,6 +60,7 @@ def main(wanted: list[str]) -> int:
         for name in wanted or list(GROUPS):
             print(f"\n{name}\n{HEADER}", flush=True)
             rows = found[name] = []
+            made.checkpoint()
             for row in GROUPS[name](made):
                 rows.append(row)
                 print(line(row), flush=True)

@@ -57,8 +57,7 @@ def run(stage: Stage) -> Iterator[Row]:
             for statement in fill.split(";\n"):
                 c.execute(statement.replace("%(count)s", str(count)))
             c.execute("VACUUM ANALYZE")
-    with stage.admin() as c:
-        c.execute("CHECKPOINT")  # millions of new rows are written out now, not while one of the cases runs
+    stage.checkpoint()
     with stage.dfproxy("worker", "--databases", "finished,parked", database="small") as worker:
         for name in names:
             flows.rate(stage, 20, name)

@@ -12,7 +12,7 @@ from bench.table import Reach, Row
 
 MODES = ("simple", "extended", "prepared")
 #: Clients, and transactions of each in one run.
-CLIENTS = {1: 4000, 8: 3000, 32: 1200}
+CLIENTS = {1: 3200, 8: 2400, 32: 1000}
 #: Transactions of each client in the short run before it, which is subtracted: log-ins, and what server sessions with
 #: empty caches cost at first. PgBouncer keeps its own from run to run; those of the others are new each time.
 BEGINNING = 100

@@ -122,6 +122,11 @@ class Stage:
         return Run(_said(r"tps = ([\d.]+)", out), round(_said(r"actually processed: (\d+)", out)), cpu,
                    _said(r"latency average = ([\d.]+) ms", out))
 
+    def checkpoint(self) -> None:
+        """Has what was written so far written out now, not while something else is measured."""
+        with self.admin() as c:
+            c.execute("CHECKPOINT")
+
     def grant(self, database: str = DATABASE) -> None:
         """Lets the application use df.*; dfproxy has installed its schemas."""
         with self.admin(database) as c:

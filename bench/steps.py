@@ -16,7 +16,7 @@ from bench.stage import DATABASE, Program, Run, Stage
 from bench.table import Reach, Row
 from bench.turns import Counter
 
-WORKFLOWS, AT_A_TIME, REPEATS = 2000, 32, 3
+WORKFLOWS, AT_A_TIME, REPEATS = 2000, 32, 5
 #: By each client of the yardstick: enough for its sessions to be warm, as those of the worker are.
 TRANSACTIONS = 400
 #: Of the run that is counted, not timed.
