@@ -17,8 +17,10 @@ from bench.table import Reach, Row
 from bench.turns import Counter
 
 WORKFLOWS, AT_A_TIME, REPEATS = 2000, 32, 5
-#: By each client of the yardstick: enough for its sessions to be warm, as those of the worker are.
+#: By each client of the yardstick.
 TRANSACTIONS = 400
+#: So many of each session are not counted on either side: at first it has nothing in its caches.
+BEGINNING = 50
 #: Of the run that is counted, not timed.
 COUNTED = 500
 
@@ -30,16 +32,20 @@ def run(stage: Stage) -> Iterator[Row]:
     script = flows.step_script(stage)
     yardstick = replace(stage.direct, user=flows.LOGIN)
 
-    def pgbench() -> Run:
+    def transactions(each: int) -> Run:
         server = stage.server_cpu()
-        run = stage.pgbench(yardstick, "-M", "prepared", "-f", script, clients=AT_A_TIME, transactions=TRANSACTIONS)
+        run = stage.pgbench(yardstick, "-M", "prepared", "-f", script, clients=AT_A_TIME, transactions=each)
         return replace(run, cpu=stage.server_cpu() - server)
+
+    def pgbench() -> tuple[float, float]:
+        beginning, whole = transactions(BEGINNING), transactions(TRANSACTIONS)
+        return whole.rate_beyond(beginning), whole.beyond(beginning)
 
     def ours(workers: int) -> tuple[float, float, float]:
         with contextlib.ExitStack() as stack:
             programs: list[Program] = [stack.enter_context(_worker(stage, AT_A_TIME // workers))
                                        for _ in range(workers)]
-            flows.rate(stage, 50)  # sessions are opened, caches filled
+            flows.rate(stage, AT_A_TIME * BEGINNING // 3)
             spent: list[float] = []
 
             def look() -> None:
@@ -50,14 +56,14 @@ def run(stage: Stage) -> Iterator[Row]:
             return rate, (spent[2] - spent[0]) / WORKFLOWS / 3 * 1e6, (spent[3] - spent[1]) / WORKFLOWS / 3 * 1e6
 
     one, two, bench = interleaved(REPEATS, [lambda: ours(1), lambda: ours(2), pgbench])
-    tps = [r.tps for r in bench]  # type: ignore[attr-defined]
+    tps = [r[0] for r in bench]
     for name, runs, reach in (("one worker process", one, Reach(0.5)), ("two worker processes", two, Reach(0.5))):
-        rates = [r[0] for r in runs]  # type: ignore[index]
+        rates = [r[0] for r in runs]
         ratio = middle_ratio(rates, tps)
-        worker, server = (median([r[i] for r in runs]) for i in (1, 2))  # type: ignore[index]
+        worker, server = (median([r[i] for r in runs]) for i in (1, 2))
         yield Row(f"steps, {name}", "1/s", median(rates), "pgbench, prepared", median(rates) / ratio, reach,
                   f"CPU a step: worker {worker:.0f} us, PostgreSQL {server:.0f} us; a transaction of pgbench's costs it"
-                  f" {median([r.microseconds for r in bench]):.0f} us",
+                  f" {median([r[1] for r in bench]):.0f} us",
                   {"ours": runs, "pgbench": tps})
     yield from _counted(stage)
 
