@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from tests.chaos.audit import audit
-from tests.chaos.storm import FENCES, SCENE, Plan, storm
+from tests.chaos.storm import FENCES, SCENE, Plan, storm, unfenced
 from tests.chaos.workload import Workload, expected, nodes, signals_of
 from tests.engine.fix_graphs import Tree, race, seq, sleep, sql
 from tests.engine.helpers import Client, ended, install, running_worker, until, worker_process
@@ -90,7 +90,7 @@ async def test_the_audit_notices_a_broken_fence(database18: Database, fenced: bo
     with Client(database18) as c:
         if not fenced:
             for (body,) in c.rows(FENCES):
-                c.connection.execute(body.replace("AND q.token = p_token", ""))
+                c.connection.execute(unfenced(body))
         instance = c.start(tree)
         running = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dfproxy:step' AND state = 'active' " \
                   "AND datname = current_database()"
