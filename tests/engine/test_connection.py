@@ -138,7 +138,12 @@ async def test_the_next_step_goes_with_the_commit(database18: Database) -> None:
             for n in (1, 2):
                 await s.finish(nothing, (None, SEEN))
                 assert c.execute("SELECT pg_try_advisory_lock(42), pg_advisory_unlock(42)").fetchone() == (True, True)
-                assert (await s.run_begun()).rows == [[b'"$user", public', b"0", str(n).encode()]]
+                wanted = [[b'"$user", public', b"0", str(n).encode()]]
+                await until(lambda: s.begun_result() is not None)
+                here = s.begun_result()
+                assert here is not None
+                assert here.rows == (await s.run_begun()).rows == wanted
+                assert s.begun_result() is None
             await s.finish(nothing)
             assert s.usable
 
@@ -152,8 +157,18 @@ async def test_the_next_step_goes_with_the_commit(database18: Database) -> None:
                 await s.finish(nothing, (role, step))
                 with pytest.raises(ServerError, match=words):
                     await s.run_begun()
+                assert s.begun_result() is None
                 await s.rollback()
             assert c.execute("SELECT n FROM t").fetchone() == (3,)
+
+            # An error that is here already is for run_begun to tell.
+            await s.begin_and_run(None, "SELECT 1")
+            await s.finish(nothing, (None, "SELECT 1/0"))
+            await until(lambda: not s._replies.exchanges)
+            assert s.begun_result() is None
+            with pytest.raises(ServerError, match="division by zero"):
+                await s.run_begun()
+            await s.rollback()
 
             # The commit fails.
             other.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
