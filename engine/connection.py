@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from engine.errors import ConnectionLostError, ResultTooLargeError, ServerError, StepRefusedError
+from engine.errors import ConnectionLostError, ServerError, StepRefusedError
 from engine.replies import NO_COPY, Exchange, Replies
 from engine.target import Target
 from proxy.wire import backend, build
@@ -32,10 +32,7 @@ from proxy.wire.messages import ANSWER_NO, ANSWER_SSL, Backend, TransactionStatu
 from proxy.wire.tls import ALPN, server_end_point
 from proxy.wire.tls_options import SslMode, TlsConfigError
 
-__all__ = [
-    "ConnectionLostError", "ResultTooLargeError", "ServerError", "StepConnection", "StepRefusedError", "StepResult",
-    "Target",
-]
+__all__ = ["RESET", "STEP_DONE", "STEP_DONE_TYPES", "StepConnection", "StepResult"]
 
 
 class _TlsError(ConnectionLostError):

@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 import structlog
 
 from dsl.graph import Graph, GraphError, NodeType
-from engine.connection import ConnectionLostError, ServerError
+from engine.errors import ConnectionLostError, ServerError
 from engine.http.runner import HttpRunner
 from engine.http.select import future_of, is_http_select
 from engine.identity import Identities, IdentityError

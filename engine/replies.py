@@ -137,9 +137,8 @@ class Replies:
             self._plain = True
         urgent, at = self._whole_ones(data) if splitter.at_boundary else (b"", 0)
         if at < len(data):
-            for item in splitter.feed(data[at:] if at else data):
-                if type(item) is Frame:
-                    urgent += self.receive(item[0], item[1])
+            for type_, payload in self.frames(data[at:] if at else data):
+                urgent += self.receive(type_, payload)
         if before is not None and self._plain and splitter.at_boundary:
             self._remember(data, before)
         return urgent

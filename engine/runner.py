@@ -20,20 +20,14 @@ import structlog
 
 from dsl.compiler import compile_sql, mentions_dsl
 from dsl.values import TYPES_SQL, Column, StaleTypeError, TypeCatalog, describe, encode_rows
-from engine.connection import (
-    ConnectionLostError,
-    ResultTooLargeError,
-    ServerError,
-    StepConnection,
-    StepRefusedError,
-    StepResult,
-    Target,
-)
+from engine.connection import StepConnection, StepResult
+from engine.errors import ConnectionLostError, ResultTooLargeError, ServerError, StepRefusedError
 from engine.identity import Identities, Identity, IdentityError
 from engine.model import Step, StepError
 from engine.settings import EngineSettings
 from engine.slots import Slots
 from engine.store import Store, is_infrastructure
+from engine.target import Target
 from proxy.wire.auth import AuthenticationError
 
 log = structlog.get_logger("dfproxy.engine")
@@ -337,8 +331,10 @@ class Runner:
         """Runs a step to an outcome; `begun`: its first attempt is under way. Raises only LeaseLostError (from
         `record_started`), CancelledError, and bugs.
         """
-        started = self._store.clock.now() if begun is None else begun.at
-        sql = self._compile(job.step, job.instance_id) if begun is None else begun.sql
+        if begun is None:
+            started, sql = self._store.clock.now(), self._compile(job.step, job.instance_id)
+        else:
+            started, sql = begun.at, begun.sql
         if (unfit := _unfit(sql)) is not None:
             return Failed(started, unfit)
         # A step here that was begun at least once was found then to need no transaction block.

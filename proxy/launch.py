@@ -22,7 +22,7 @@ import asyncpg
 import structlog
 from pydantic import BaseModel, ValidationError
 
-from engine.connection import ConnectionLostError, ServerError
+from engine.errors import ConnectionLostError, ServerError
 from engine.identity import Identities, IdentityError
 from engine.runner import SessionPool
 from engine.settings import EngineSettings

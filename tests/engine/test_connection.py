@@ -14,14 +14,9 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from engine.connection import (
-    ConnectionLostError,
-    ResultTooLargeError,
-    ServerError,
-    StepConnection,
-    StepRefusedError,
-    Target,
-)
+from engine.connection import StepConnection
+from engine.errors import ConnectionLostError, ResultTooLargeError, ServerError, StepRefusedError
+from engine.target import Target
 from proxy.embedded import SYSTEM_USER
 from proxy.wire.auth import AuthenticationError
 from proxy.wire.tls_options import SslMode

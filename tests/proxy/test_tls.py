@@ -25,7 +25,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from psycopg import sql
 
-from engine.connection import ConnectionLostError, ServerError, StepConnection
+from engine.connection import StepConnection
+from engine.errors import ConnectionLostError, ServerError
 from engine.target import Target
 from proxy.embedded import Cluster
 from proxy.relay import Leg
