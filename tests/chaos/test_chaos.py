@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import random
 import signal as unix
@@ -34,9 +33,9 @@ async def _scene(database: Database) -> None:
         c.execute(SCENE.replace("GRANT INSERT ON public.effects TO app;", ""))
 
 
-def _effect(place: str, pause: float = 0) -> Tree:
+def _effect(place: str, gate: str = "true") -> Tree:
     query = f"INSERT INTO public.effects (instance, place) SELECT '{{sys_instance_id}}', '{place}' " \
-            f"FROM (SELECT pg_catalog.pg_sleep({pause})) AS pause"
+            f"FROM (SELECT {gate}) AS gate"
     return sql(query) | {"place": place, "loops": []}
 
 
@@ -84,31 +83,43 @@ async def test_the_audit_sees_what_was_called(database18: Database) -> None:
 
 @pytest.mark.parametrize("fenced", [True, False])
 async def test_the_audit_notices_a_broken_fence(database18: Database, fenced: bool) -> None:
-    """A worker is frozen in a step and replaced; then it wakes and commits what it had done, if it is let."""
+    """A worker is frozen in a step and replaced; then it wakes and commits what it had done, if it is let.
+
+    Its lease is long, so that it doesn't give up by itself before it has tried. Who goes on when is up to locks:
+    1 is for who comes first, who then waits for 11; who comes second waits for 12, and who has got to p2 for 13.
+    """
     await _scene(database18)
-    tree = seq(_effect("p1", 1.5), _effect("p2"))
+    tree = seq(_effect("p1", "CASE WHEN pg_catalog.pg_try_advisory_xact_lock(1) THEN pg_catalog.pg_advisory_xact_lock(11) "
+                             "ELSE pg_catalog.pg_advisory_xact_lock(12) END"),
+               _effect("p2", "pg_catalog.pg_advisory_xact_lock_shared(13)"))
+    sessions = "FROM pg_stat_activity WHERE application_name = 'dfproxy:step' AND datname = current_database()"
+    waiting = f"SELECT count(*) {sessions} AND wait_event_type = 'Lock'"
     with Client(database18) as c:
         if not fenced:
             for (body,) in c.rows(FENCES):
                 c.connection.execute(unfenced(body))
+        for gate in (11, 12, 13):
+            c.execute("SELECT pg_advisory_lock(%s)", gate)
         instance = c.start(tree)
-        running = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dfproxy:step' AND state = 'active' " \
-                  "AND datname = current_database()"
-        with worker_process(database18, lease=2.0) as frozen:
-            await until(lambda: c.one(running) == 1)
+        with worker_process(database18, lease=1800.0) as frozen:
+            await until(lambda: c.one(waiting) == 1)
             os.kill(frozen.pid, unix.SIGSTOP)
             async with running_worker(database18, lease=3600.0) as other:
                 c.execute("UPDATE duroxide.workers SET heartbeat_at = '-infinity' WHERE lease < interval '1 hour'")
                 with psycopg.connect(database18.dsn(), autocommit=True) as reaper:
                     reaper.execute("SELECT duroxide.heartbeat(gen_random_uuid())")
                 other.wake()
-                await until(lambda: c.one(running) == 2)
+                await until(lambda: c.one(waiting) == 2)
+                c.execute("SELECT pg_advisory_unlock(11)")
                 # The frozen one's statement has ended, and waits in its transaction for the worker to go on.
-                await until(lambda: c.one("SELECT count(*) FROM pg_stat_activity WHERE state = 'idle in transaction' "
-                                          "AND application_name = 'dfproxy:step' AND datname = current_database()") >= 1)
+                [(pid, xid)] = await until(lambda: c.rows(
+                    f"SELECT pid, backend_xid::text {sessions} AND state = 'idle in transaction'"))
                 os.kill(frozen.pid, unix.SIGCONT)
+                await until(lambda: not c.rows(f"SELECT {sessions} AND pid = %s AND backend_xid::text = %s", pid, xid))
+                c.execute("SELECT pg_advisory_unlock(12)")
+                await until(lambda: c.one("SELECT count(*) FROM effects WHERE place = 'p1'") >= (1 if fenced else 2))
+                c.execute("SELECT pg_advisory_unlock(13)")
                 await ended(c, instance)
-                await asyncio.sleep(0)
         found = audit(database18.dsn(), {instance: tree}, {}, None)
     assert found.lost == 0
     assert (found.doubled > 0) is not fenced, "\n".join(found.lines())
