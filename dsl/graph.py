@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any
+
+from msgspec import Struct
 
 #: SURFACE 3.3.
 MAX_NODES = 10_000
@@ -49,8 +50,7 @@ LEAVES = frozenset({NodeType.SQL, NodeType.SLEEP, NodeType.WAIT_SCHEDULE, NodeTy
                     NodeType.HTTP_MULTIPART, NodeType.SIGNAL})
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(Struct, frozen=True):
     """One node. Children are places in Graph.nodes; `query` is the template, before substitution."""
 
     index: int
@@ -190,8 +190,7 @@ class Node:
         return value
 
 
-@dataclass(frozen=True, slots=True)
-class Graph:
+class Graph(Struct, frozen=True):
     """A whole workflow: its nodes, parents before children, the root first."""
 
     nodes: tuple[Node, ...]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cached_property
 from json.encoder import encode_basestring
 from typing import Any, NoReturn, TypeAlias
+
+from msgspec import Struct
 
 from dsl.types import (
     BOOL,
@@ -55,8 +56,7 @@ class StaleTypeError(ValueError):
         self.oid = oid
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(Struct, frozen=True):
     """One column of a SQL result.
 
     `name`: the member of the row objects (duplicates are numbered). `oid`: of the type. `type`: what to write after
@@ -90,8 +90,7 @@ class ResultKind(StrEnum):
     TEXT = "text"
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Struct, frozen=True, dict=True):
     """A node's result: the engine's JSON text, and for a SQL step its columns."""
 
     text: str

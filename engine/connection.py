@@ -18,8 +18,9 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import cast
+
+from msgspec import Struct
 
 from engine.errors import ConnectionLostError, ServerError, StepRefusedError
 from engine.replies import NO_COPY, Exchange, Replies
@@ -39,8 +40,7 @@ class _TlsError(ConnectionLostError):
     """No TLS with this host; without it there may be a connection."""
 
 
-@dataclass(slots=True)
-class StepResult:
+class StepResult(Struct):
     """What a statement returned, in text format; `columns` None: it returns no rows."""
 
     columns: list[ColumnDescription] | None

@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 import structlog
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dsl.graph import Graph, GraphError, NodeType
 from engine.errors import ConnectionLostError, ServerError
@@ -56,8 +58,7 @@ TURN = 1.0
 _READ_ONLY = "25006"
 
 
-@dataclass(frozen=True, slots=True)
-class StepEnded:
+class StepEnded(Struct, frozen=True):
     """A step's task is over. An exception is a bug, or LeaseLostError."""
 
     key: Key

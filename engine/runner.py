@@ -13,10 +13,10 @@ import re
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 
 import structlog
+from msgspec import Struct
 
 from dsl.compiler import compile_sql, mentions_dsl
 from dsl.values import TYPES_SQL, Column, StaleTypeError, TypeCatalog, describe, encode_rows
@@ -51,14 +51,12 @@ _NO_TYPES = TypeCatalog()
 _THREAD_BYTES = 256 * 1024
 
 
-@dataclass(slots=True)
-class Outcome:
+class Outcome(Struct):
     """How a step ended; `started_at` is database time."""
 
     started_at: datetime
 
 
-@dataclass(slots=True)
 class Ready(Outcome):
     """The statement has run in `lease.connection`, in a transaction that waits for the checkpoint."""
 
@@ -68,7 +66,6 @@ class Ready(Outcome):
     lease: SessionLease
 
 
-@dataclass(slots=True)
 class Committed(Outcome):
     """An at-least-once step that has taken effect; its checkpoint is still to be written."""
 
@@ -77,7 +74,6 @@ class Committed(Outcome):
     meta: dict[str, object]
 
 
-@dataclass(slots=True)
 class Failed(Outcome):
     """The step failed; its transaction was rolled back."""
 
@@ -95,8 +91,7 @@ class TransientError(Exception):
         self.away = away
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(Struct, frozen=True):
     """A step to run, and what the runner must know about its instance.
 
     `record_started` writes the `started` checkpoint of an at-least-once step.
@@ -109,8 +104,7 @@ class Job:
     record_started: Callable[[datetime], Awaitable[None]]
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
+class Begun(Struct, frozen=True):
     """A step that went to the server with the commit of the one before it, in that one's session, `at` that time of the
     database.
     """

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any
@@ -19,6 +18,7 @@ from uuid import uuid4
 
 import asyncpg
 import structlog
+from msgspec import Struct
 
 from dsl.values import TYPES_SQL, Column, TypeCatalog
 from engine.model import Changes, Checkpoint, Key, Signal, StepError
@@ -53,8 +53,7 @@ def is_infrastructure(error: BaseException) -> bool:
         error, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.InternalClientError | TlsConfigError)
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(Struct, frozen=True):
     """An instance that was just claimed. `loaded`: as `Store.load` gives it, where the claim has brought it along."""
 
     instance_id: str
@@ -64,8 +63,7 @@ class Claim:
     loaded: LoadedInstance | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class InboxEntry:
+class InboxEntry(Struct, frozen=True):
     """A signal, or a request to cancel (`name` is then the reason)."""
 
     instance_id: str
@@ -79,8 +77,7 @@ class InboxEntry:
         return Signal(self.seq, self.name, self.data)
 
 
-@dataclass(frozen=True, slots=True)
-class Poll:
+class Poll(Struct, frozen=True):
     """What one poll found. `next_due`: when the next parked instance is due, database time. `overdue`: some are due
     that were not claimed, since the limit was 0.
     """
@@ -92,8 +89,7 @@ class Poll:
     alive: bool = True  #: as `Store.heartbeat` gives it, where the poll was one as well
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedInstance:
+class LoadedInstance(Struct, frozen=True):
     """An instance as the database has it; `graph` is the JSON text."""
 
     instance_id: str

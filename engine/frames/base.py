@@ -13,9 +13,11 @@ tests/engine/test_policies.py has the first three.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from dsl.graph import Node
 from dsl.values import Result
@@ -29,21 +31,18 @@ if TYPE_CHECKING:
 Ref = list[Any] | dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
+class Value(Struct, frozen=True):
     """A node's result, and where it is recorded."""
 
     result: Result
     ref: Ref
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
+class Done(Struct, frozen=True):
     value: Value
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Struct, frozen=True):
     error: StepError
 
     def behind(self, prefix: str) -> Failed:
@@ -51,8 +50,7 @@ class Failed:
         return Failed(replace(self.error, message=prefix + self.error.message))
 
 
-@dataclass(frozen=True, slots=True)
-class Broke:
+class Broke(Struct, frozen=True):
     """A df.break on its way to the nearest loop."""
 
     value: Value

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
 
 import structlog
+from msgspec.structs import replace
 
 from dsl.graph import GraphError, Node, NodeType
 from dsl.substitute import SubstitutionError
