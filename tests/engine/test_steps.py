@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from engine import runner
+from engine.connection import StepConnection
 from tests.engine.fix_graphs import join, seq, sql
 from tests.engine.helpers import Client, ended, install, running_worker, until, worker_process
 from tests.fix_postgres import Database
@@ -46,6 +49,18 @@ async def test_nothing_carries_over(database18: Database) -> None:
     before, changed, after = (outcomes[n * len(CARRY):(n + 1) * len(CARRY)] for n in range(3))
     for (step, _), (status, _), was, is_ in zip(CARRY, changed, before, after, strict=True):
         assert (status, is_) == ("completed", was), step
+
+
+async def test_nothing_carries_over_from_step_to_step(database18: Database) -> None:
+    """The second step goes to the session in one write with the first one's commit."""
+    await install(database18)
+    with Client(database18) as c:
+        before = await run_steps(database18, *[look for _, look in CARRY])
+        async with running_worker(database18, max_user_connections=1) as worker:
+            for (step, look), was in zip(CARRY, before, strict=True):
+                instance = c.start(seq(sql(step), sql(look)))
+                worker.wake()
+                assert await ended(c, instance) == [was], step
 
 
 async def test_reset_role_inside_a_step_is_harmless(database18: Database) -> None:
@@ -146,6 +161,35 @@ async def test_a_session_is_kept_from_step_to_step_for_a_while(database18: Datab
             await ended(c, *instances)
         order = "".join(who for (who,) in c.rows("SELECT who FROM marks ORDER BY n"))
     assert order in (("abababab", "babababa") if share == 0 else ("aaaabbbb", "bbbbaaaa"))
+
+
+async def test_an_answer_that_came_with_the_commit_s_is_taken_at_once(database18: Database,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read after a write until the server has done all of it: the commit, and the step behind it."""
+    await install(database18)
+    found: list[bool] = []
+    look, write = runner.Runner.ended, StepConnection._flush
+
+    def spy(self: runner.Runner, begun: runner.Begun) -> runner.Ready | None:
+        answer = look(self, begun)
+        found.append(answer is not None)
+        return answer
+
+    def write_and_wait(self: StepConnection) -> None:
+        open_ = "SELECT xact_start::text FROM pg_stat_activity WHERE application_name = 'dfproxy:step' " \
+                "AND datname = current_database() AND state = 'idle in transaction'"
+        chained, before = self._begun is not None, c.rows(open_)
+        write(self)
+        while chained and (not (now := c.rows(open_)) or now == before):
+            time.sleep(0.001)
+
+    monkeypatch.setattr(runner.Runner, "ended", spy)
+    monkeypatch.setattr(StepConnection, "_flush", write_and_wait)
+    with Client(database18) as c:
+        instance = c.start(seq(*[sql(f"SELECT {n} AS n") for n in range(4)]))
+        async with running_worker(database18):
+            assert await ended(c, instance) == [("completed", '{"rows":[{"n":3}],"row_count":1}')]
+    assert found == [True] * 3
 
 
 async def test_statements_that_need_no_transaction_block(database: Database) -> None:
