@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import lru_cache
 
 import idna
 
 _LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
+_BLANK = re.compile(r"[\x00-\x20\x7f]")
 _DIGITS = {8: re.compile(r"[0-7]*"), 10: re.compile(r"[0-9]+"), 16: re.compile(r"[0-9a-f]*")}
 
 
@@ -24,12 +26,17 @@ def normalise(text: str) -> str | ipaddress.IPv4Address | ipaddress.IPv6Address:
 
     Raises HostError.
     """
+    # The same few are called over and over; long ones are not kept.
+    return _cached(text) if len(text) < 256 else _normalise(text)
+
+
+def _normalise(text: str) -> str | ipaddress.IPv4Address | ipaddress.IPv6Address:
     if text.startswith("["):
         return _ipv6(text)
     for bad, name in (("%", "percent-encoding"), ("\\", "a backslash"), ("@", "user information")):
         if bad in text:
             raise HostError(f"{name} in a host name")
-    if any(c <= " " or c == "\x7f" for c in text):
+    if _BLANK.search(text):
         raise HostError("a space or control character in a host name")
     if not text.isascii():
         text = _to_ascii(text)
@@ -42,6 +49,9 @@ def normalise(text: str) -> str | ipaddress.IPv4Address | ipaddress.IPv6Address:
     if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in name.split(".")):
         raise HostError("not a host name")
     return name
+
+
+_cached = lru_cache(1024)(_normalise)
 
 
 def _to_ascii(text: str) -> str:

@@ -21,6 +21,9 @@ from engine.model import storable
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _AUTHORITY = re.compile(r"(?P<host>\[[^\]]*\]|[^:]*)(?::(?P<port>[0-9]*))?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+#: Where the authority ends.
+_END = re.compile("[/?#]")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 MASK = "***"
 #: Values shorter than this are not looked for in a path: `a` is everywhere.
@@ -46,7 +49,7 @@ class Url:
 def parse(text: str) -> Url:
     """Takes a URL apart. Raises BlockedError for what must not be called, RequestError for what is no URL."""
     text = text.strip(" ")
-    if any(c < " " or c == "\x7f" for c in text):
+    if _CONTROL.search(text):
         raise BlockedError("the URL contains a control character.")
     if "\\" in text:
         raise BlockedError("the URL contains a backslash.", "Write it as %5C.")
@@ -76,7 +79,8 @@ def parse(text: str) -> Url:
 
 
 def _split_authority(rest: str) -> tuple[str, str]:
-    end = next((i for i, c in enumerate(rest) if c in "/?#"), len(rest))
+    found = _END.search(rest)
+    end = len(rest) if found is None else found.start()
     return rest[:end], rest[end:]
 
 

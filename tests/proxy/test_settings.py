@@ -93,6 +93,7 @@ def test_secrets_are_in_no_repr_and_no_message() -> None:
 @pytest.mark.parametrize("text", [
     f"can't connect to postgresql://me:{SECRET}@host/db?x=1", f"host=h password={SECRET} dbname=d",
     f"host=h password = '{SECRET} \\' x' dbname=d", f"postgresql://h/d?password={SECRET}&sslmode=require",
+    f"PassWord={SECRET}", f"pa\u017f\u017fword={SECRET}",
 ])
 def test_connection_strings_are_redacted(text: str) -> None:
     assert SECRET not in redact(text)
