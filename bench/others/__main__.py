@@ -159,10 +159,9 @@ class Ours(Engine):
                 yield program.process
 
     def start(self, first: int, count: int) -> None:
-        rows = [f"n % 10000 + {step}" for step in (1, 3334, 6667)]
-        one, two, three = (f"'UPDATE hits SET n = n + 1 WHERE id = ' || ({row} - 1) % 10000 + 1" for row in rows)
-        self.session.execute(f"SELECT count(df.start(({one}) ~> ({two}) ~> ({three}))) "
-                             f"FROM generate_series({first}, {first + count - 1}) n")
+        rows = [f"(n + {3333 * step}) % 10000 + 1" for step in range(3)]  # as rows_of
+        steps = " ~> ".join(f"('UPDATE hits SET n = n + 1 WHERE id = ' || {row})" for row in rows)
+        self.session.execute(f"SELECT count(df.start({steps})) FROM generate_series({first}, {first + count - 1}) n")
 
     def park(self, count: int) -> None:
         self.session.execute(self.PARK, (count,))
