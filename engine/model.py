@@ -1,7 +1,7 @@
 """The plain values that interpreter, store and runners exchange: no behaviour, no I/O.
 
 They are structs of msgspec, here and wherever values are made for each step: a frozen dataclass of eight fields takes
-seven times as long to make.
+several times as long to make.
 """
 
 from __future__ import annotations

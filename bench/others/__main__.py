@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from pathlib import Path
 
 import psutil
 import psycopg
@@ -28,7 +27,6 @@ ALONE, PARKED, IDLE = 30, 5_000, 10
 KILLED, KILLS = 300, 3
 LOGIN = "engine"
 HITS = "SELECT COALESCE(sum(n), 0) FROM hits"
-PROGRAMS = Path(__file__).parent
 
 
 class _OverError(Exception):
