@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 from msgspec import Struct
@@ -130,10 +130,11 @@ class StepConnection(asyncio.Protocol):
     """
 
     def __init__(self, target: Target, *, max_rows: int, max_bytes: int,
-                 local: Mapping[str, str] | None = None) -> None:
+                 local: Mapping[str, str] | None = None, on_answer: Callable[[], None] = lambda: None) -> None:
         self.target = target
         self.pooled = local is not None
         self._local = _local(local) if local else b""
+        self._on_answer = on_answer
         self.used_at = 0.0  #: for the pool: loop time of the last use
         self.closed = False
         self.address: tuple[str, int] = target.hosts[0]
@@ -154,9 +155,10 @@ class StepConnection(asyncio.Protocol):
 
     @classmethod
     async def connect(cls, target: Target, parameters: Mapping[str, str], *, timeout: float, pooled: bool = False,
-                      max_rows: int = 100_000, max_bytes: int = 16 * 2**20) -> StepConnection:
+                      max_rows: int = 100_000, max_bytes: int = 16 * 2**20,
+                      on_answer: Callable[[], None] = lambda: None) -> StepConnection:
         """Connects and logs in, trying each host in turn. `parameters` go into the startup packet, or (`pooled`) into
-        each transaction.
+        each transaction. `on_answer` is called whenever the server has answered something.
 
         Raises TimeoutError after `timeout` seconds in all, ServerError if the server refuses, AuthenticationError,
         ConnectionLostError if no host answers.
@@ -170,7 +172,8 @@ class StepConnection(asyncio.Protocol):
             for address in target.hosts:
                 tls = target.wants_tls(address[0])
                 while True:
-                    connection = cls(target, max_rows=max_rows, max_bytes=max_bytes, local=local)
+                    connection = cls(target, max_rows=max_rows, max_bytes=max_bytes, local=local,
+                                     on_answer=on_answer)
                     try:
                         await connection._dial(address, parameters, tls=tls)
                     except _TlsError as e:
@@ -523,6 +526,7 @@ class StepConnection(asyncio.Protocol):
             return
         try:
             if self._started.done():
+                self._on_answer()
                 urgent = self._replies.feed(data)
                 if urgent:
                     self._write_now(urgent)

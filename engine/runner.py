@@ -25,7 +25,7 @@ from engine.errors import ConnectionLostError, ResultTooLargeError, ServerError,
 from engine.identity import Identities, Identity, IdentityError
 from engine.model import Step, StepError
 from engine.settings import EngineSettings
-from engine.slots import Slots
+from engine.slots import Backlog, Slots
 from engine.store import Store, is_infrastructure
 from engine.target import Target
 from proxy.wire.auth import AuthenticationError
@@ -162,7 +162,8 @@ class SessionPool:
         self._identities = identities
         self._pooled = pooled  # by somebody else, between here and the server
         self._target = Target.from_dsn(settings.dsn)
-        self.slots = Slots(settings.max_user_connections, settings.execution_acquire_timeout)
+        self._backlog = Backlog(asyncio.get_running_loop())
+        self.slots = Slots(settings.max_user_connections, settings.execution_acquire_timeout, self._backlog)
         self._idle: dict[PoolKey, deque[StepConnection]] = {}
         self._idle_count = 0
 
@@ -218,7 +219,8 @@ class SessionPool:
         async def connect() -> StepConnection:
             return await StepConnection.connect(
                 target, parameters, timeout=self._settings.connect_timeout, pooled=self._pooled,
-                max_rows=self._settings.max_result_rows, max_bytes=self._settings.max_result_bytes)
+                max_rows=self._settings.max_result_rows, max_bytes=self._settings.max_result_bytes,
+                on_answer=self._backlog.note)
 
         try:
             return await connect()
