@@ -2,9 +2,8 @@
 
 Not all of them are given out while the worker can't keep up with those that are. If several answers are there whenever
 it comes to look, then one more step would end no sooner: its answer would only wait with the others, and its session
-would meanwhile take the processor's caches from theirs. On a small machine, short steps in thirty sessions cost a tenth
-more processor time than in twelve. Where answers come one by one, because steps take long, or the server is far away or
-has processors of its own, every place is given out.
+would meanwhile take the processor's caches from theirs. Where answers come one by one, because steps take long, or the
+server is far away or has processors of its own, every place is given out.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class Slots:
         if self._timer is None:
             self._timer = loop.call_later(self.timeout, self._look)
         if self._pacing is None and self._backlog is not None:
-            self._backlog.mean()
+            self._backlog.mean()  # what was before anyone waited doesn't count
             self._pacing = loop.call_later(PACE, self._pace)
         try:
             await place

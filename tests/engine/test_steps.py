@@ -8,6 +8,7 @@ import pytest
 
 from engine import runner
 from engine.connection import StepConnection
+from engine.slots import Backlog
 from tests.engine.fix_graphs import join, seq, sql
 from tests.engine.helpers import Client, ended, install, running_worker, until, worker_process
 from tests.fix_postgres import Database
@@ -61,6 +62,29 @@ async def test_nothing_carries_over_from_step_to_step(database18: Database) -> N
                 instance = c.start(seq(sql(step), sql(look)))
                 worker.wake()
                 assert await ended(c, instance) == [was], step
+
+
+async def test_what_steps_are_answered_counts_while_others_wait(database18: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it every connection would be used, however far behind the worker is."""
+    told: list[str] = []
+
+    class Told(Backlog):
+        def note(self) -> None:
+            told.append("answer")
+            super().note()
+
+        def mean(self) -> float:
+            told.append("asked")
+            return super().mean()
+
+    monkeypatch.setattr(runner, "Backlog", Told)
+    await install(database18)
+    with Client(database18) as c:
+        instances = [c.start(sql("SELECT pg_sleep(0.05)")) for _ in range(3)]
+        async with running_worker(database18, max_user_connections=1):
+            assert {status for status, _ in await ended(c, *instances)} == {"completed"}
+    assert told.count("answer") >= 3
+    assert told.count("asked") >= 3  # first, and then a hundred times a second
 
 
 async def test_reset_role_inside_a_step_is_harmless(database18: Database) -> None:
