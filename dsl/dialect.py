@@ -46,11 +46,13 @@ INFIX = frozenset({"between", "escape"})
 #: After these a PL/pgSQL statement begins.
 STATEMENT_OPENERS = names("begin then else loop declare atomic")
 
-_SPACE = r"(?:[ \t\n\r\f\v]++|--[^\n\r]*+)*+"
+# A group is never repeated by `*+`: Python before 3.11.5 takes what the last round began, and did not end, for a part
+# of the match.
+_SPACE = r"(?>(?:[ \t\n\r\f\v]++|--[^\n\r]*+)*)"
 # What may stand between two parts of one literal: white space and comments, with a line break before the next quote.
-_CONT = r"(?:[ \t\f\v]++|--[^\n\r]*+)*+[\n\r](?:[ \t\n\r\f\v]++|--[^\n\r]*+[\n\r])*+"
-_PLAIN = r"'[^']*+(?:''[^']*+)*+'"
-_ESCAPED = r"'[^'\\]*+(?:(?:''|\\.)[^'\\]*+)*+'"
+_CONT = r"(?>(?:[ \t\f\v]++|--[^\n\r]*+)*)[\n\r](?>(?:[ \t\n\r\f\v]++|--[^\n\r]*+[\n\r])*)"
+_PLAIN = r"'[^']*+(?>(?:''[^']*+)*)'"
+_ESCAPED = r"'[^'\\]*+(?>(?:(?:''|\\.)[^'\\]*+)*)'"
 _IDENT = r"[A-Za-z_\u0080-\U0010ffff][A-Za-z0-9_$\u0080-\U0010ffff]*+"
 _TAG = r"\$(?:[A-Za-z_\u0080-\U0010ffff][A-Za-z0-9_\u0080-\U0010ffff]*+)?\$"
 
@@ -62,18 +64,18 @@ def _master(plain: str) -> re.Pattern[str]:
         + "(?:"
         + "|".join(
             (
-                rf"([eE]{_ESCAPED}(?:{_CONT}{_ESCAPED})*+|[nN]?{plain}(?:{_CONT}{plain})*+"
-                rf"|[uU]&{_PLAIN}(?:{_CONT}{_PLAIN})*+)",
-                rf"([bBxX]{_PLAIN}(?:{_CONT}{_PLAIN})*+)",
-                r'((?:[uU]&)?"[^"]*+(?:""[^"]*+)*+")',
+                rf"([eE]{_ESCAPED}(?>(?:{_CONT}{_ESCAPED})*)|[nN]?{plain}(?>(?:{_CONT}{plain})*)"
+                rf"|[uU]&{_PLAIN}(?>(?:{_CONT}{_PLAIN})*))",
+                rf"([bBxX]{_PLAIN}(?>(?:{_CONT}{_PLAIN})*))",
+                r'((?:[uU]&)?"[^"]*+(?>(?:""[^"]*+)*)")',
                 # An unfinished literal: nothing that follows can be trusted.
                 r"""((?:[eEnNbBxX]|[uU]&)?'|(?:[uU]&)?")""",
                 rf"({_IDENT})",
                 r"(\.\.|::|:=|[()\[\],;:]|\.(?![0-9]))",
                 r"(/\*)",
-                r"((?:(?!--|/\*)[~!@#^&|`?+\-*/%<>=])++)",
+                r"((?>(?:(?!--|/\*)[~!@#^&|`?+\-*/%<>=])+))",
                 r"(0[xX][0-9a-fA-F_]++|0[oO][0-7_]++|0[bB][01_]++"
-                r"|(?:[0-9][0-9_]*+(?:\.(?!\.)[0-9_]*+)?+|\.[0-9][0-9_]*+)(?:[eE][+-]?[0-9]++)?+)",
+                r"|(?:[0-9][0-9_]*+(?>(?:\.(?!\.)[0-9_]*+)?)|\.[0-9][0-9_]*+)(?>(?:[eE][+-]?[0-9]++)?))",
                 r"(\$[0-9]++)",
                 rf"({_TAG})",
                 r"(\Z)",

@@ -44,7 +44,7 @@ NOTHING = Evidence.NOTHING
 _NAME = r'["\w.$]+'
 #: How a literal begins that can hardly be anything but a step. Words of other texts ("set", "call me") don't do.
 _STEP = re.compile(
-    rf"""(?:[eEnN]|[uU]&)?(?:'|\$\w*\$)(?:\s++|\\[nrt]|--[^\n\r]*+[\n\r]|\()*+(?:
+    rf"""(?:[eEnN]|[uU]&)?(?:'|\$\w*\$)(?>(?:\s++|\\[nrt]|--[^\n\r]*+[\n\r]|\()*)(?:
     select(?:\s|["(*]|'')
     | insert\s+into\b | delete\s+from\b | merge\s+into\b | values\s*\(
     | update\s+(?:only\s+)?{_NAME}\s+(?:\*\s+)?(?:(?:as\s+)?{_NAME}\s+)?set\b | update\s+'\Z

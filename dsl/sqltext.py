@@ -32,8 +32,8 @@ _DELIMITERS = re.compile(rf"(?=({_DOLLAR_QUOTE.pattern}))")
 _PLAIN_BODY = re.compile(r"[^']*(?:''[^']*)*")
 _ESCAPED_BODY = re.compile(r"[^'\\]*(?:(?:''|\\.)[^'\\]*)*\\?", re.S)
 #: A literal goes on after white space with a line break in it.
-_CONTINUED = re.compile(r"(?:[ \t\f\v]++|--[^\r\n]*+)*+[\r\n](?:\s++|--[^\r\n]*+[\r\n])*+'")
-_BLANK = r"(?:\s++|--[^\r\n]*+[\r\n]|/\*(?:[^*]|\*(?!/))*+\*/)*+"
+_CONTINUED = re.compile(r"(?>(?:[ \t\f\v]++|--[^\r\n]*+)*)[\r\n](?>(?:\s++|--[^\r\n]*+[\r\n])*)'")
+_BLANK = r"(?>(?:\s++|--[^\r\n]*+[\r\n]|/\*(?>(?:[^*]|\*(?!/))*)\*/)*)"
 _CLOSES = re.compile(rf"{_BLANK}\)")
 _SUBSCRIPT = re.compile(rf"{_BLANK}\[|\.")
 #: Statements in whose grammar constants stand bare: no cast, no parentheses.

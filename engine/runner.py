@@ -609,8 +609,8 @@ class _FailedError(Exception):
 #: Behind comments, of which those in /* */ may be nested: what can't be told from the inside of one is let through here
 #: only if it is no statement.
 _INSIDE = r"[^*/]|\*(?!/)|/(?!\*)"
-_BLANK = rf"(?>\s|--[^\n\r]*+|/\*(?>{_INSIDE}|/\*(?>{_INSIDE})*+\*/)*+\*/)"
-_PREPARE_TRANSACTION = re.compile(rf"{_BLANK}*+PREPARE{_BLANK}++TRANSACTION\b", re.IGNORECASE)
+_BLANK = rf"(?>\s|--[^\n\r]*+|/\*(?>(?:{_INSIDE}|/\*(?>(?:{_INSIDE})*)\*/)*)\*/)"
+_PREPARE_TRANSACTION = re.compile(rf"(?>{_BLANK}*)PREPARE(?>{_BLANK}+)TRANSACTION\b", re.IGNORECASE)
 
 
 def _unfit(sql: str) -> StepError | None:

@@ -9,7 +9,13 @@ from proxy.settings import SettingsError
 
 def check(dsn: str, setting: str = "--upstream") -> str:
     """`dsn` itself if it is a URI for PostgreSQL. Raises SettingsError, without showing it (passwords)."""
-    if urlsplit(dsn).scheme not in ("postgresql", "postgres"):
+    try:
+        scheme = urlsplit(dsn).scheme
+    except ValueError as e:
+        # Such as an IPv6 address behind another host, which newer releases of Python don't take.
+        raise SettingsError(f"{setting} can't be read as a URI ({e}); several hosts can also be given as"
+                            " postgresql://USER@/DATABASE?host=NAME,::1&port=5432,5432") from e
+    if scheme not in ("postgresql", "postgres"):
         raise SettingsError(f"{setting} must be a URI: postgresql://USER@HOST:PORT/DATABASE")
     return dsn
 

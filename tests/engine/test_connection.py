@@ -35,8 +35,8 @@ async def session(dsn: str, **limits: int) -> AsyncIterator[StepConnection]:
 
 
 def test_dsn() -> None:
-    target = Target.from_dsn("postgresql://me:p%40ss@a:1,[::1]:2,c/db?target_session_attrs=read-write&sslmode=require")
-    assert target.hosts == (("a", 1), ("::1", 2), ("c", 5432))
+    target = Target.from_dsn("postgresql://me:p%40ss@[::1]:1,a:2,c/db?target_session_attrs=read-write&sslmode=require")
+    assert target.hosts == (("::1", 1), ("a", 2), ("c", 5432))
     assert (target.user, target.password, target.database, target.tls.mode) == ("me", "p@ss", "db", SslMode.REQUIRE)
     assert "p@ss" not in repr(target)
     socket = Target.from_dsn("postgresql://me@/db?host=/tmp/x&port=99")

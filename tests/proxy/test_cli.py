@@ -122,6 +122,7 @@ def test_a_mistake_in_the_call_is_status_2(tmp_path: Path) -> None:
     assert "unknown setting DFPROXY_LISTN in the environment; did you mean 'listen'?" in said
     assert "--set lese" in one_sentence(call(tmp_path, "serve", "--set", "lese=3"), 2)
     assert "must be a URI" in one_sentence(call(tmp_path, "init", "--upstream", "host=x"), 2)
+    assert "can't be read as a URI" in one_sentence(call(tmp_path, "init", "--upstream", "postgresql://[h/x"), 2)
 
 
 def test_commands_that_need_a_server_say_so(tmp_path: Path) -> None:
