@@ -7,7 +7,7 @@ Nothing here parses more than message headers. Every index is checked against th
 
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memchr, memcpy
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
@@ -77,6 +77,30 @@ cdef int kind_of(Octets p, Py_ssize_t size) noexcept nogil:
     return 0
 
 
+cdef object bound_alone(Octets p, Py_ssize_t size):
+    """As proxy.wire.plain.bound_alone, for what `kind_of` has said S to."""
+    cdef Py_ssize_t at = 1 + <Py_ssize_t> length_at(p), name_size
+    cdef const void* last
+    cdef unsigned int length
+    if p[0] != c'B' or at < HEADER + 2 or p[HEADER] != 0:
+        return None
+    last = memchr(p + HEADER + 1, 0, at - HEADER - 1)
+    if last == NULL:
+        return None
+    name_size = <Octets> last - (p + HEADER + 1)
+    while p[at] != c'S':
+        length = length_at(p + at)
+        if p[at] == c'P' or p[at] == c'B' or p[at] == c'C':
+            return None
+        # An Execute begins with its portal's name, a Describe with what it is about.
+        if p[at] == c'E' and (length < 5 or p[at + HEADER] != 0):
+            return None
+        if p[at] == c'D' and (length < 6 or p[at + HEADER] != c'P' or p[at + HEADER + 1] != 0):
+            return None
+        at += 1 + <Py_ssize_t> length
+    return PyBytes_FromStringAndSize(<char*> p + HEADER + 1, name_size)
+
+
 cdef inline bint is_name(unsigned char c) noexcept nogil:
     """Whether a byte may stand in an SQL name."""
     return (c'a' <= (c | 0x20) <= c'z' and c < 0x80) or c'0' <= c <= c'9' or c == c'_' or c == c'$' or c >= 0x80
@@ -136,6 +160,12 @@ def plain_request(bytes data):
     """What `kind_of` and `is_suspect` say, for the tests: the type, and whether it needs a closer look."""
     cdef Octets p = data
     return kind_of(p, len(data)), is_suspect(p, len(data))
+
+
+def bound(bytes data):
+    """What `bound_alone` says, for the tests; of what is no batch, nothing is asked."""
+    assert kind_of(<Octets> data, len(data)) == c'S'
+    return bound_alone(<Octets> data, len(data))
 
 
 def skimmed(bytes data, bytes modes, unsigned int most, long long remaining):
@@ -274,7 +304,9 @@ cdef class Exchange:
 
     `modes` are those of the FrameSplitter for replies to plain requests, `most` the longest message, `limit` the
     longest request that is looked at here (bytes). `on_request` and `on_reply` get what is to be looked at in Python;
-    `on_done` the transaction status at the end of a plain reply, where it has changed or `open` was told to say it.
+    `on_done` the transaction status at the end of a plain reply, where it has changed or `open` was told to say it, and
+    what was remembered of the statement. `statements` and `portals` are what the session remembers, by name: a batch
+    about one of them alone goes straight on, too, and `on_bound` gets what the unnamed portal is from then on.
     """
 
     cdef readonly End client, server
@@ -282,7 +314,9 @@ cdef class Exchange:
     cdef bytes modes
     cdef unsigned int most
     cdef Py_ssize_t limit
-    cdef object on_request, on_reply, on_done
+    cdef dict statements, portals
+    cdef object on_request, on_reply, on_bound, on_done
+    cdef object statement  # of the request that is on its way; None: nothing was remembered of it
     cdef State state
     cdef int kind, status
     cdef bint told
@@ -290,11 +324,13 @@ cdef class Exchange:
     cdef unsigned char tail_bytes[HEADER]
     cdef int tail_size
 
-    def __init__(self, Board board, bytes modes, unsigned int most, Py_ssize_t limit, on_request, on_reply, on_done):
+    def __init__(self, Board board, bytes modes, unsigned int most, Py_ssize_t limit, dict statements not None,
+                 dict portals not None, on_request, on_reply, on_bound, on_done):
         if len(modes) != 256:
             raise ValueError("a mode for each type byte")
         self.board, self.modes, self.most, self.limit = board, modes, most + 4, limit
-        self.on_request, self.on_reply, self.on_done = on_request, on_reply, on_done
+        self.statements, self.portals = statements, portals
+        self.on_request, self.on_reply, self.on_bound, self.on_done = on_request, on_reply, on_bound, on_done
         self.state = CLOSED
         self.client, self.server = End(), End()
         self.client.exchange = self.server.exchange = self
@@ -305,10 +341,14 @@ cdef class Exchange:
         self.state, self.status, self.told = OPEN, status, told
 
     def leave(self):
-        """From now on everything is looked at in Python. Returns the type of the request that is on its way, or 0."""
+        """From now on everything is looked at in Python.
+
+        Returns the type of the request that is on its way, or 0, and what was remembered of its statement.
+        """
         cdef bint busy = self.state == BUSY
-        self.state = CLOSED
-        return self.kind if busy else 0
+        cdef object statement = self.statement
+        self.state, self.statement = CLOSED, None
+        return self.kind if busy else 0, statement
 
     @property
     def remaining(self):
@@ -330,15 +370,29 @@ cdef class Exchange:
         cdef unsigned char* buffer = self.board.buffer
         if self.state == OPEN and size <= self.limit:
             self.kind = kind_of(buffer, size)
-            if self.kind and not is_suspect(buffer, size):
+            if self.kind and not is_suspect(buffer, size) and self.known(size):
                 self.state = BUSY
                 self._remaining = 0
                 self.server.write(size)
                 return
         self.on_request(PyBytes_FromStringAndSize(<char*> buffer, size))
 
+    cdef bint known(self, Py_ssize_t size) except -1:
+        """Whether it is known what this request is about; no, where it is about more than one statement."""
+        cdef object name
+        self.statement = None
+        if self.kind == c'S' and (len(self.statements) or len(self.portals)):
+            name = bound_alone(self.board.buffer, size)
+            if name is None:
+                return False
+            self.statement = self.statements.get(name)
+            if self.statement is not self.portals.get(b""):
+                self.on_bound(self.statement)
+        return True
+
     cdef reply(self, Py_ssize_t size):
         cdef int last, status, tail = 0
+        cdef object statement
         cdef unsigned char* buffer = self.board.buffer
         if self.state == BUSY:
             last = skim(buffer, size, <Octets> self.modes, self.most, &self._remaining, &tail)
@@ -352,7 +406,8 @@ cdef class Exchange:
                 if last and self.state == BUSY:
                     self.state = OPEN
                     if self.told or status != self.status:
+                        statement, self.statement = self.statement, None
                         self.status = status
-                        self.on_done(status)
+                        self.on_done(status, statement)
                 return
         self.on_reply(PyBytes_FromStringAndSize(<char*> buffer, size))

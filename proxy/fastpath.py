@@ -3,10 +3,11 @@
 Where the compiled module is there (it is built at installation, where there is a C compiler and Linux's headers), a
 session between two requests lends the descriptors of its two connections. Each is then read by compiled code: a
 request that is one whole Query or batch, mentions nothing of ours, and comes while nothing else is on its way, is
-written to the server at once, and so is the reply to it. Whatever else arrives is given to proxy/session.py as if its
+written to the server at once, and so is the reply to it: a batch about a statement of ours, too, that was prepared
+before and is all that the batch is about. Whatever else arrives is given to proxy/session.py as if its
 transport had read it. Connections inside of TLS are never lent.
 
-What is decided there is what proxy/wire/plain.py, dsl.compiler and FrameSplitter.skim decide here; tests compare them.
+What is decided there is what proxy/wire/plain.py, Session._passes, dsl.compiler and FrameSplitter.skim decide here; tests compare them.
 """
 
 from __future__ import annotations

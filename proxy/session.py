@@ -540,11 +540,15 @@ class Session:
                 return False
             statement = self._statements.get(name)
             if statement is not self._portals.get(b""):
-                self._remember(self._portals, b"", statement)
+                self._bound(statement)
         self._sent_alone(type_, statement)
         assert self._server is not None
         self._server.send(data)
         return True
+
+    def _bound(self, statement: Statement | None) -> None:
+        """From now on this is what the unnamed portal is about."""
+        self._remember(self._portals, b"", statement)
 
     def _sent_alone(self, type_: int, statement: Statement | None = None) -> None:
         self._quiet = False
@@ -668,9 +672,7 @@ class Session:
             self._client.send(data)
             if last:
                 done = self._conversation.finished()
-                if done is not None and done.tag is not None and not done.tag.looks:
-                    self._touched = True
-                self._between(data[-1])
+                self._between(data[-1], done.tag if done is not None else None)
                 self._quiet = not self._host.draining
             if self._host.draining:
                 self.stir()
@@ -713,9 +715,7 @@ class Session:
         payload = frame.payload
         if frame.type == _READY_FOR_QUERY:
             done = self._conversation.received(_READY_FOR_QUERY)
-            if done is not None and done.tag is not None and not done.tag.looks:
-                self._touched = True
-            self._between(backend.transaction_status(payload))
+            self._between(backend.transaction_status(payload), done.tag if done is not None else None)
             if self._ready:
                 self._quiet = self._settled()
                 return frame.encode()
@@ -756,7 +756,8 @@ class Session:
         from proxy._fastpath import Exchange
 
         exchange = Exchange(
-            board, _PLAIN, MAX_MESSAGE, INLINE_LIMIT, self._from_client, self._from_server, self._between)
+            board, _PLAIN, MAX_MESSAGE, INLINE_LIMIT, self._statements, self._portals, self._from_client,
+            self._from_server, self._bound, self._between)
         try:
             if not self._client.lend(exchange.client, self._recalled):
                 return
@@ -771,16 +772,16 @@ class Session:
         self._open_exchange()
 
     def _open_exchange(self) -> None:
-        plain = self._quiet and self._down.at_boundary and not self._statements and not self._portals
-        if self._exchange is not None and plain:
+        if self._exchange is not None and self._quiet and self._down.at_boundary:
             self._exchange.open(self._status or 0, self._concerned)
 
     def _leave(self) -> None:
         """Takes up what has passed without this module."""
         if self._exchange is None:
             return
-        if type_ := self._exchange.leave():
-            self._sent_alone(type_)
+        type_, statement = self._exchange.leave()
+        if type_:
+            self._sent_alone(type_, statement)
             self._down.go_on(self._exchange.remaining, self._exchange.take_tail())
 
     def _recalled(self) -> None:
@@ -897,9 +898,11 @@ class Session:
             self._launcher.request(request)
         return taken
 
-    def _between(self, status: int) -> None:
-        """ReadyForQuery: the reply to a request, or to a batch, is complete."""
+    def _between(self, status: int, statement: Statement | None) -> None:
+        """ReadyForQuery: the reply to a request, or to a batch, is complete; `statement` is what it was about."""
         self._status = status
+        if statement is not None and not statement.looks:
+            self._touched = True
         if status == _BETWEEN_TRANSACTIONS and self._concerned:
             if self._touched:
                 self._touched = False

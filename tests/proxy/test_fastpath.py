@@ -22,7 +22,7 @@ from proxy.session import _PLAIN, Session
 from proxy.wire import build
 from proxy.wire.frames import FrameParser, FrameSplitter
 from proxy.wire.messages import Backend
-from proxy.wire.plain import plain_request, texts
+from proxy.wire.plain import SYNC, bound_alone, plain_request, texts
 from tests.fix_postgres import Database
 from tests.proxy.proxies import FASTPATH, RunningProxy, running_proxy
 from tests.proxy.test_adversity import backends, eventually, read_until, serves, start
@@ -53,7 +53,8 @@ def batches(draw: st.DrawFn) -> bytes:
         if kind == "P":
             body = draw(NAMES) + b"\0" + draw(TEXTS).encode() + b"\0\0\0"
         elif kind != "S":
-            body = draw(st.binary(max_size=12))
+            usual = {"B": b"\0" + draw(NAMES) + b"\0\0\0", "D": b"P\0", "E": b"\0\0\0\0\0"}.get(kind, b"")
+            body = draw(st.one_of(st.just(usual), st.binary(max_size=12)))
         parts.append(build.message(ord(kind), body))
     return b"".join(parts) + (build.sync() if draw(st.booleans()) else b"")
 
@@ -79,6 +80,13 @@ def test_requests_are_told_apart_as_python_does(data: bytes) -> None:
     assert type_ == plain_request(data)
     if type_ and not suspect:
         assert not any(mentions_dsl(text) for text in texts(data))
+
+
+@needs_compiler
+@given(st.one_of(requests(), batches()))
+def test_what_a_batch_is_about_is_read_as_python_does(data: bytes) -> None:
+    if plain_request(data) == SYNC:
+        assert _fastpath.bound(data) == bound_alone(data)
 
 
 @needs_compiler
@@ -162,6 +170,40 @@ def test_plain_statements_do_not_come_to_python(calls: list[bytes], database18: 
         assert 1 <= len(calls) <= 2  # errors are read
         calls.clear()
         c.execute("SELECT 4")
+        assert calls == []
+
+
+@needs_compiler
+def test_prepared_statements_of_ours_do_not_come_to_python(calls: list[bytes], database18: Database, proxied18: RunningProxy) -> None:
+    """Once they are prepared, that is; and the proxy still knows which of them may have committed something of ours."""
+    with start(proxied18, database18) as s:
+        def done(*messages: bytes) -> list[int]:
+            s.sendall(b"".join(messages) + build.sync())
+            return [f.type for f in read_until(s, READY)]
+
+        def run(name: str) -> list[int]:
+            return done(build.bind("", name), build.execute())
+
+        done(build.parse("ours", "SELECT df.one()"), build.parse("other", "SELECT 1"), build.parse("bad", "SELECT df.one(), 1 / $1::int"))
+        run("ours")
+        eventually(lambda: len(proxied18.commits) == 1)
+        for name, committed in (("ours", 1), ("ours", 1), ("other", 0), ("other", 0), ("ours", 1)):
+            calls.clear()
+            told = len(proxied18.commits)
+            assert ord("D") in run(name)
+            eventually(lambda told=told, committed=committed: len(proxied18.commits) == told + committed)
+            assert calls == []
+        with_zero = build.message(ord("B"), b"\0bad\0" + struct.pack(">HHI1sH", 0, 1, 1, b"0", 0))
+        told = len(proxied18.commits)
+        assert ord("E") in done(with_zero, build.execute())
+        assert ord("D") in run("other")
+        assert len(proxied18.commits) == told
+        calls.clear()
+        assert ord("D") in done(build.bind("", "ours"), build.execute(), build.bind("", "other"), build.execute())
+        assert calls  # two statements in one batch: which of them a reply is about has to be followed
+        eventually(lambda: len(proxied18.commits) == told + 1)
+        calls.clear()
+        run("ours")
         assert calls == []
 
 
