@@ -121,6 +121,34 @@ def test_constants_and_parameters_are_refused_alike(df: Connection, futures: lis
         assert planned == outcome("SELECT df.start(%s)", fut) == outcome("SELECT duroxide.submit(NULL, %s, NULL, NULL)", fut)
 
 
+def test_variables_are_read_where_a_step_can_have_a_place_for_one(df: Connection) -> None:
+    """Elsewhere nobody would find them: steps have no braces. A loop at the root shows them with its earlier rounds."""
+    df.execute("SELECT df.setvar('v', 'one')")
+    futures = {
+        "SELECT 1": False, "SELECT '{v}'": True, "SELECT '{'": True, "df.seq('SELECT 1', 'SELECT $a')": False, "SELECT '\"id'": False,
+        "df.seq('SELECT 1', df.as('SELECT {v}', 'a'))": True, "df.loop('SELECT 1', 'SELECT false')": True,
+        "df.seq(df.loop('SELECT 1', 'SELECT false'), 'SELECT 2')": False, "df.if('SELECT {v}', 'a', 'b')": True,
+        "df.loop('SELECT 1', 'SELECT {v}')": True, "df.http('http://x/{v}')": True, "df.sleep(3)": False, "df.wait_for_signal('x{v}')": True}
+    for fut, wanted in futures.items():
+        text = fut if fut.startswith("df.") else sql.Literal(fut).as_string(df)
+        for start in (f"df.start({text})", f"df.start(df.as({text}, 'x' || n))"):  # with a plan's graph, and without
+            instance = value(df, f"SELECT {start} FROM generate_series(1, 1) n")
+            found = value(df, "SELECT vars FROM duroxide.instances WHERE id = %s", instance)
+            assert found == ({"v": "one"} if wanted else {}), start
+
+
+@FEW
+@given(futures=st.lists(VALID, min_size=20, max_size=30))
+def test_a_text_with_a_brace_is_never_taken_for_plain(df: Connection, futures: list[str]) -> None:
+    with df.transaction(force_rollback=True):
+        prepared = df.execute("SELECT (duroxide.prepare_start(f, 'caller'))[1], (duroxide.prepare_start(f, 'caller'))[3]"
+                              "  FROM unnest(%s::text[]) f", (futures,)).fetchall()
+    for template, third in prepared:
+        nodes = json.loads(template.replace("\x01", ""))
+        braces = any("{" in n.get("query", "") for n in nodes)
+        assert (third == "plain") == (not braces and nodes[0]["type"] != "LOOP")
+
+
 @pytest.mark.parametrize("fut", ["OK", '{"node_type":"THEN"}', '{"node_type":"SQL","query":"\\u0000"}', "{"])
 def test_planning_raises_nothing(df: Connection, fut: str) -> None:
     """What is never executed is never refused."""
@@ -184,6 +212,44 @@ def test_who_may_not_call_start_may_not_in_a_plan_either(df: Connection) -> None
     assert refused(df, "SELECT df.start('SELECT 1')").message == "permission denied for function start"
 
 
+def test_who_calls_is_looked_at_wherever_it_may_matter(shared_surface: Database) -> None:
+    """As somebody else than who has logged in: by SET ROLE, or in a function with its owner's rights."""
+    with psycopg.connect(shared_surface.superuser_dsn) as c:
+        c.execute("CREATE ROLE surface_guest LOGIN; CREATE ROLE surface_batch; CREATE SCHEMA surface_mine; GRANT USAGE ON SCHEMA surface_mine TO PUBLIC;"
+                  "SELECT df.grant_usage('surface_guest'), df.grant_usage('surface_batch')")
+        for role in ("postgres", "surface_batch", "surface_guest"):
+            c.execute(sql.SQL("CREATE FUNCTION surface_mine.as_{}() RETURNS text LANGUAGE sql SECURITY DEFINER RETURN df.start('SELECT 1');"
+                              "ALTER FUNCTION surface_mine.as_{} OWNER TO {}").format(*(sql.SQL(role),) * 3))
+        c.execute("INSERT INTO duroxide.settings VALUES ('require_login', 'on')")
+        c.execute("SET SESSION AUTHORIZATION surface_guest")
+        for query in ("SELECT df.start('SELECT 1')", "SELECT surface_mine.as_surface_guest()"):
+            assert value(c, "SELECT submitted_by::text FROM df.instances WHERE id = %s", value(c, query)) == "surface_guest"
+        assert 'current_user "postgres" is a superuser' in refused(c, "SELECT surface_mine.as_postgres()").message
+        assert refused(c, "SELECT surface_mine.as_surface_batch()").message == 'current_user "surface_batch" does not have LOGIN privilege.'
+        c.execute("RESET SESSION AUTHORIZATION")
+        assert 'current_user "postgres" is a superuser' in refused(c, "SELECT df.start('SELECT 1')").message
+        c.execute("SET ROLE surface_guest")
+        assert value(c, "SELECT df.start('SELECT 1')")
+        c.execute("SET ROLE surface_batch")
+        assert refused(c, "SELECT df.start('SELECT 1')").message == 'current_user "surface_batch" does not have LOGIN privilege.'
+        c.rollback()
+
+
+@pytest.mark.parametrize(("statement", "constraint"), [
+    ("INSERT INTO duroxide.instances (id, graph) VALUES ('short', '[]')", "instances_id_format_chk"),
+    ("INSERT INTO duroxide.instances (id, graph) VALUES ('0000000G', '[]')", "instances_id_format_chk"),
+    ("INSERT INTO duroxide.instances (id, graph, status) VALUES ('0000000a', '[]', 'odd')", "instances_status_chk"),
+    ("UPDATE duroxide.instances SET status = 'odd'", "instances_status_chk"),
+    ("UPDATE duroxide.instances SET id = upper(id)", "instances_id_format_chk"),
+])
+def test_rows_that_are_no_instances_are_refused(df: Connection, statement: str, constraint: str) -> None:
+    """Even the owner's; as a CHECK constraint would."""
+    df.execute("INSERT INTO duroxide.instances (id, graph, status) VALUES ('abcdef00', '[]', 'failed')")
+    error = refused(df, statement)
+    assert (error.sqlstate, error.constraint) == ("23514", constraint)
+    assert error.message == f'new row for relation "instances" violates check constraint "{constraint}"'
+
+
 def test_a_graph_by_hand_is_worth_no_more_than_an_insert_by_hand(df: Connection) -> None:
     """It passes the same privileges and checks; the engine judges every graph that it loads (tests/dsl/test_graph.py)."""
     instance = value(df, "SELECT duroxide.start(ARRAY['[{\"id\":\"x\"}]', '7'], 'forged', NULL)")
@@ -214,7 +280,7 @@ def test_what_was_prepared_before_an_upgrade_goes_on(database18: Database, monke
 
 
 #: Functions whose strings are written with E where they hold a backslash.
-CAREFUL = {"duroxide.graph_template(text)", "duroxide.start(text[],text,text)", "duroxide.step(text)", 'df."as"(text,text)',
+CAREFUL = {"duroxide.graph_template(text)", "duroxide.prepare_start(text,text)", "duroxide.start(text[],text,text)", "duroxide.step(text)", 'df."as"(text,text)',
            "duroxide.explain(text,text,boolean)"}
 
 

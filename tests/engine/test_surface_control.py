@@ -27,14 +27,14 @@ S = node("SQL", query="SELECT 1")
 def test_start_writes_one_row_and_queues_it(df: Connection) -> None:
     df.execute("SELECT df.setvar('v', 'one'), df.setvar('w', '2')")
     df.execute("INSERT INTO df.vars (name, value) VALUES ('empty', NULL)")
-    instance = value(df, "SELECT df.start(df.seq(df.as('SELECT 1', 'a'), 'SELECT $a'), 'my label')")
+    instance = value(df, "SELECT df.start(df.seq(df.as('SELECT {w}', 'a'), 'SELECT $a'), 'my label')")
     assert re.fullmatch("[0-9a-f]{8}", instance)
     row = df.execute("SELECT label, vars, database, submitted_by::text, status, graph FROM duroxide.instances WHERE id = %s",
                      (instance,)).fetchone()
     assert row is not None
     assert row[:5] == ("my label", {"v": "one", "w": "2"}, None, df.info.user, "pending")
     assert [{k: v for k, v in n.items() if k != "id"} for n in row[5]] == [
-        {"type": "THEN", "left": 1, "right": 2}, {"type": "SQL", "query": "SELECT 1", "name": "a"}, {"type": "SQL", "query": "SELECT $a"}]
+        {"type": "THEN", "left": 1, "right": 2}, {"type": "SQL", "query": "SELECT {w}", "name": "a"}, {"type": "SQL", "query": "SELECT $a"}]
     assert value(df, "SELECT count(*) FROM duroxide.queue WHERE instance_id = %s AND owner IS NULL", instance) == 1
     shown = df.execute("SELECT id, root_node, status, completed_at, output, error, started_at, ended_at FROM df.instances").fetchone()
     assert shown == (instance, row[5][0]["id"], "pending", None, None, None, None, None)

@@ -132,7 +132,7 @@ def test_variables_are_ones_own_even_for_the_owner(roles: Roles) -> None:
         a.execute("SELECT df.setvar('v', 'app')")
         a.execute("UPDATE df.vars SET value = value || '!'")
         a.execute("INSERT INTO df.vars (name, value) VALUES ('w', '1')")
-        instance = value(a, "SELECT df.start('SELECT 1')")
+        instance = value(a, "SELECT df.start('SELECT {w}')")
         assert value(a, "SELECT vars FROM duroxide.instances WHERE id = %s", instance) == {"v": "app!", "w": "1"}
         assert refused(a, f"INSERT INTO df.vars VALUES ('x', '1', '{roles.surface.owner}')").sqlstate == "42501"
     assert value(roles.owner, "SELECT df.getvar('v')") == "owner"
