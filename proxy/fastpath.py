@@ -7,7 +7,8 @@ written to the server at once, and so is the reply to it: a batch about a statem
 before and is all that the batch is about. Whatever else arrives is given to proxy/session.py as if its
 transport had read it. Connections inside of TLS are never lent.
 
-What is decided there is what proxy/wire/plain.py, Session._passes, dsl.compiler and FrameSplitter.skim decide here; tests compare them.
+What is decided there is what proxy/wire/plain.py, Session._passes, dsl.compiler and FrameSplitter.skim decide here;
+tests compare them.
 """
 
 from __future__ import annotations
