@@ -91,7 +91,7 @@ HOSTILE: list[tuple[str, str | None]] = [
     ("DO $x$ BEGIN CREATE FUNCTION pg_temp.set_config(text, text, boolean) RETURNS text LANGUAGE sql AS 'SELECT 1 / 0'; "
      "SET search_path = pg_temp, pg_catalog; END $x$", None),
     # What stays in a session
-    ("SET statement_timeout = 1", None),
+    ("SET statement_timeout = '10s'", None),
     ("SET session_replication_role = replica", DENIED),
     ("SELECT set_config('df.in_workflow', 'false', false)", None),
     ("SET default_transaction_read_only = on", None),
