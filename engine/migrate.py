@@ -6,6 +6,7 @@ advisory lock. `duroxide.migrations` says which have run. A file that was releas
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from dataclasses import dataclass
@@ -22,6 +23,10 @@ __all__ = ["MigrationError", "MigrationResult", "UnfinishedWorkflowsError", "mig
 #: Serialises installers, upgraders and uninstallers of one database. An arbitrary number of our own.
 LOCK = 0x6466_7072_6F78_7901
 OLDEST_SERVER = 15
+#: Seconds that a migration waits for a table that a transaction uses, with everybody else who wants that table behind
+#: it; and those until it tries again, in which they have their turn.
+_PATIENCE: float = 2
+_PAUSE: float = 3
 _FILE = re.compile(r"([0-9]{4})_([a-z_]+)\.sql")
 _LEDGER = """
 CREATE TABLE duroxide.migrations (
@@ -30,6 +35,14 @@ CREATE TABLE duroxide.migrations (
     checksum   text NOT NULL,
     applied_at timestamptz NOT NULL DEFAULT clock_timestamp()
 )
+"""
+#: Who uses our tables, the oldest transaction first. Of other roles not everybody may see more than this.
+_HOLDERS = """
+SELECT array_agg(u.pid ORDER BY u.xact_start) AS pids
+  FROM (SELECT DISTINCT l.pid, a.xact_start
+          FROM pg_locks l JOIN pg_class c ON c.oid = l.relation LEFT JOIN pg_stat_activity a ON a.pid = l.pid
+         WHERE c.relnamespace = to_regnamespace('duroxide') AND l.granted AND l.pid <> pg_backend_pid()
+           AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())) u
 """
 #: What df.explain draws with, for databases whose encoding lacks it.
 _PLAIN = str.maketrans("✓✗⏳○⊘→║├└─│↻—", "+x~o->||`-|@-")
@@ -125,9 +138,10 @@ async def schema_version(conn: asyncpg.Connection[Any]) -> int | None:
 async def migrate(dsn: str) -> MigrationResult:
     """Brings the schemas of the database at `dsn` (a libpq URI) to this release's version; safe to run concurrently.
 
-    Raises MigrationError where that can't be done: server older than 15, a standby, no CREATE privilege, schemas named
-    `df` or `duroxide` that are not ours or belong to another role, an installation by a newer release, or from other
-    files. asyncpg's errors pass through where the server can't be reached.
+    Waits for transactions that use tables which are to be changed, for as long as it takes, but holds up nobody else
+    for more than a moment. Raises MigrationError where that can't be done: server older than 15, a standby, no CREATE
+    privilege, schemas named `df` or `duroxide` that are not ours or belong to another role, an installation by a newer
+    release, or from other files. asyncpg's errors pass through where the server can't be reached.
     """
     conn = await _connect(dsn)
     try:
@@ -136,29 +150,44 @@ async def migrate(dsn: str) -> MigrationResult:
             unicode = await conn.fetchval("SELECT current_setting('server_encoding') = 'UTF8'")
         known = migrations()
         applied: list[int] = []
-        installed = False
         while True:
-            async with conn.transaction():
-                await _prepare(conn)
-                if not await conn.fetchval(_INSTALLED):
-                    await _create(conn)
-                    installed = True
-                else:
-                    await _become_owner(conn)
-                done = {r["version"]: r["checksum"]
-                        for r in await conn.fetch("SELECT version, checksum FROM duroxide.migrations")}
-                _check_ledger(done, known)
-                todo = [m for m in known if m.version not in done]
-                if not todo:
-                    await conn.execute(_STAMP, metadata.version("dfproxy"))
-                    return MigrationResult(known[-1].version, tuple(applied), installed)
-                step = todo[0]
-                await conn.execute(step.sql if unicode else step.sql.translate(_PLAIN))
-                await conn.execute("INSERT INTO duroxide.migrations (version, name, checksum) VALUES ($1, $2, $3)",
-                                   step.version, step.name, step.checksum)
-            applied.append(step.version)
+            try:
+                step = await _advance(conn, known, unicode)
+            except asyncpg.LockNotAvailableError:
+                log.warning("an upgrade of the schemas waits for transactions that use them",
+                            processes=await conn.fetchval(_HOLDERS))
+                await asyncio.sleep(_PAUSE)
+                continue
+            if step is None:
+                return MigrationResult(known[-1].version, tuple(applied), known[0].version in applied)
+            applied.append(step)
     finally:
         await conn.close()
+
+
+async def _advance(conn: asyncpg.Connection[Any], known: list[Migration], unicode: bool) -> int | None:
+    """Applies the next migration and returns its version; None: there is none to be applied any more.
+
+    Raises asyncpg.LockNotAvailableError where a table that it changes is in use.
+    """
+    async with conn.transaction():
+        await _prepare(conn)
+        if not await conn.fetchval(_INSTALLED):
+            await _create(conn)
+        else:
+            await _become_owner(conn)
+        done = {r["version"]: r["checksum"]
+                for r in await conn.fetch("SELECT version, checksum FROM duroxide.migrations")}
+        _check_ledger(done, known)
+        step = next((m for m in known if m.version not in done), None)
+        if step is None:
+            await conn.execute(_STAMP, metadata.version("dfproxy"))
+            return None
+        await conn.execute(f"SET LOCAL lock_timeout = '{_PATIENCE}s'")
+        await conn.execute(step.sql if unicode else step.sql.translate(_PLAIN))
+        await conn.execute("INSERT INTO duroxide.migrations (version, name, checksum) VALUES ($1, $2, $3)",
+                           step.version, step.name, step.checksum)
+    return step.version
 
 
 async def uninstall(dsn: str, *, force: bool = False) -> None:

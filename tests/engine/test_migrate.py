@@ -113,6 +113,31 @@ async def test_an_upgrade_runs_only_what_is_new(database: Database, monkeypatch:
     assert await version_of(database) == 9000
 
 
+async def test_an_upgrade_waits_without_holding_up_others(
+    database: Database, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A transaction that has started a workflow and does not end: others start theirs meanwhile, between two attempts."""
+    await migrate(database.dsn())
+    newer = [*migrations(), Migration(9000, "later", "ALTER TABLE duroxide.instances ADD COLUMN later integer")]
+    monkeypatch.setattr(module, "migrations", lambda: newer)
+    monkeypatch.setattr(module, "_PATIENCE", 0.5)
+    monkeypatch.setattr(module, "_PAUSE", 0.5)
+    with connect(database) as idle, connect(database) as busy:
+        idle.execute("BEGIN")
+        idle.execute("SELECT df.start('SELECT 1')")
+        upgrade = asyncio.create_task(migrate(database.dsn()))
+        waiting, started = "", 0
+        while waiting.count("waits for transactions") < 2:
+            await asyncio.wait_for(asyncio.to_thread(busy.execute, "SELECT df.start('SELECT 1')"), 60)
+            started += 1
+            waiting += capfd.readouterr().out
+            assert not upgrade.done()
+        assert str(idle.info.backend_pid) in waiting
+        idle.execute("COMMIT")
+        assert (await upgrade).applied == (9000,)
+        assert value(busy, "SELECT count(*) FROM duroxide.instances WHERE later IS NULL") == started + 1
+
+
 async def test_a_role_without_create_is_told_which_grant_it_needs(database: Database) -> None:
     as_superuser(database, f"ALTER DATABASE {database.name} OWNER TO postgres")
     with pytest.raises(MigrationError, match=f"GRANT CREATE ON DATABASE {database.name} TO {database.owner}"):
