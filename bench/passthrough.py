@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from bench.measure import interleaved, median, middle_ratio
-from bench.stage import NO_PGBOUNCER, Program, Run, Stage
+from bench.stage import NO_PGBOUNCER, Program, Stage, Steady
 from bench.table import Reach, Row
 
 MODES = ("simple", "extended", "prepared")
-#: Clients, and transactions of each in one run.
-CLIENTS = {1: 3200, 8: 2400, 32: 1000}
-#: Transactions of each client in the short run before it, which is subtracted: log-ins, and what server sessions with
-#: empty caches cost at first. PgBouncer keeps its own from run to run; those of the others are new each time.
-BEGINNING = 100
-REPEATS = 5
+#: Clients, and seconds that it takes until the sessions of all are warm. PgBouncer keeps its server sessions from run
+#: to run; those of the others are new each time.
+CLIENTS = {1: 1, 8: 1, 32: 2}
+SECONDS = 1
+REPEATS = 3
 #: What dfproxy is without its compiled code, and the cell in which that is measured.
 PYTHON, BY_PYTHON = "dfproxy without compiled code", ("prepared", 8)
-
-
-@dataclass(frozen=True)
-class Steady:
-    """Microseconds of CPU time a transaction, in all and outside of the kernel, and transactions a second."""
-
-    cpu: float
-    outside: float
-    tps: float
 
 
 def run(stage: Stage) -> Iterator[Row]:
@@ -47,18 +36,11 @@ def run(stage: Stage) -> Iterator[Row]:
 
 
 def _cell(stage: Stage, programs: list[Program], mode: str, clients: int) -> Iterator[Row]:
-    def one(program: Program, transactions: int = CLIENTS[clients]) -> Run:
-        return stage.pgbench(program, "-S", "-M", mode, clients=clients, transactions=transactions)
+    def one(program: Program) -> Steady:
+        return stage.steady(program, "-S", "-M", mode, clients=clients, warm=CLIENTS[clients], seconds=SECONDS)
 
-    def pair(program: Program) -> Steady:
-        beginning = one(program, BEGINNING)
-        before = program.outside()
-        whole = one(program)
-        outside = (program.outside() - before) / whole.transactions * 1e6
-        return Steady(whole.beyond(beginning), outside, whole.rate_beyond(beginning))
-
-    taken = interleaved(REPEATS, [lambda p=p: pair(p) for p in programs])  # type: ignore[misc]
-    found = {p.name: runs for p, runs in zip(programs, taken, strict=True)} | {"direct": [pair(stage.direct)]}
+    taken = interleaved(REPEATS, [lambda p=p: one(p) for p in programs])  # type: ignore[misc]
+    found = {p.name: runs for p, runs in zip(programs, taken, strict=True)} | {"direct": [one(stage.direct)]}
     tps = {name: median([r.tps for r in runs]) for name, runs in found.items()}
     cpu = {name: median([r.cpu for r in runs]) for name, runs in found.items() if name != "direct"}
     where = f"{mode}, {clients} client{'s' if clients > 1 else ''}"
