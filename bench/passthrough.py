@@ -10,10 +10,10 @@ from bench.stage import NO_PGBOUNCER, Program, Stage, Steady
 from bench.table import Reach, Row
 
 MODES = ("simple", "extended", "prepared")
-#: Clients, and seconds that it takes until the sessions of all are warm. PgBouncer keeps its server sessions from run
-#: to run; those of the others are new each time.
-CLIENTS = {1: 1, 8: 1, 32: 2}
-SECONDS = 1
+CLIENTS = (1, 8, 32)
+#: Seconds until most is warm, and those that are measured. PgBouncer keeps its server sessions from run to run; those of
+#: the others are new each time.
+WARM, SECONDS = 1, 1
 REPEATS = 3
 #: What dfproxy is without its compiled code, and the cell in which that is measured.
 PYTHON, BY_PYTHON = "dfproxy without compiled code", ("prepared", 8)
@@ -37,7 +37,7 @@ def run(stage: Stage) -> Iterator[Row]:
 
 def _cell(stage: Stage, programs: list[Program], mode: str, clients: int) -> Iterator[Row]:
     def one(program: Program) -> Steady:
-        return stage.steady(program, "-S", "-M", mode, clients=clients, warm=CLIENTS[clients], seconds=SECONDS)
+        return stage.steady(program, "-S", "-M", mode, clients=clients, warm=WARM, seconds=SECONDS)
 
     taken = interleaved(REPEATS, [lambda p=p: one(p) for p in programs])  # type: ignore[misc]
     found = {p.name: runs for p, runs in zip(programs, taken, strict=True)} | {"direct": [one(stage.direct)]}
