@@ -11,8 +11,8 @@ from bench.table import Reach, Row
 
 MODES = ("simple", "extended", "prepared")
 CLIENTS = (1, 8, 32)
-#: Seconds until most is warm, and those that are measured. PgBouncer keeps its server sessions from run to run; those of
-#: the others are new each time.
+#: Seconds until most is warm, and those that are measured. PgBouncer keeps its server sessions from run to run; those
+#: of the others are new each time.
 WARM, SECONDS = 1, 1
 REPEATS = 3
 #: What dfproxy is without its compiled code, and the cell in which that is measured.
