@@ -193,6 +193,7 @@ def test_prepared_statements_of_ours_do_not_come_to_python(calls: list[bytes], d
             assert ord("D") in run(name)
             eventually(lambda told=told, committed=committed: len(proxied18.commits) == told + committed)
             assert calls == []
+        assert len(proxied18.commits) == 4  # nor was any told late
         with_zero = build.message(ord("B"), b"\0bad\0" + struct.pack(">HHI1sH", 0, 1, 1, b"0", 0))
         told = len(proxied18.commits)
         assert ord("E") in done(with_zero, build.execute())
