@@ -22,7 +22,7 @@ from typing import cast
 
 from msgspec import Struct
 
-from engine.errors import ConnectionLostError, ServerError, StepRefusedError
+from engine.errors import ConnectionLostError, NotBegunError, ServerError, StepRefusedError
 from engine.replies import NO_COPY, Exchange, Replies
 from engine.target import Target
 from proxy.wire import backend, build
@@ -143,6 +143,7 @@ class StepConnection(asyncio.Protocol):
         self._replies = Replies(max_rows=max_rows, max_bytes=max_bytes)
         self._role: tuple[str, bytes] = ("", b"")
         self._begun: Exchange | None = None
+        self._predecessor: Exchange | None = None  # another workflow's commit, behind which a step was sent
         self._unsent: list[bytes] = []
         self._auth = ClientAuth(target.user, target.password)
         self._started: asyncio.Future[None] = self._loop.create_future()
@@ -258,9 +259,12 @@ class StepConnection(asyncio.Protocol):
         return await self._ran(self._send(self._step(role_sql, sql)))
 
     async def run_begun(self) -> StepResult:
-        """The result of the step that `finish` has sent as `then`, once. Raises as `begin_and_run` does."""
-        assert self._begun is not None
+        """The result of the step that `finish` has sent as `then`, once. Raises as `begin_and_run` does, and
+        NotBegunError.
+        """
         exchange, self._begun = self._begun, None
+        if exchange is None:
+            raise NotBegunError
         return await self._ran(exchange)
 
     def begun_result(self) -> StepResult | None:
@@ -297,26 +301,28 @@ class StepConnection(asyncio.Protocol):
         return result
 
     async def finish(self, arguments: Sequence[str | None], then: tuple[str | None, str] | None = None, *,
-                     brief: bool = False) -> None:
+                     brief: bool = False, foreign: bool = False) -> None:
         """SET ROLE NONE, duroxide.checkpoint(`arguments` in their text form), COMMIT, and the reset behind it. `brief`:
         duroxide.step_done instead.
 
         `then`: what `begin_and_run` would be given next; it begins at once, and `run_begun` gives its result. Not for a
-        session through a pooler. Raises ServerError (rolled back, if `rollback` follows; `then` has not begun), or
-        ConnectionLostError: then nobody knows.
+        session through a pooler. `foreign`: that is another workflow's. Raises ServerError (rolled back, if `rollback`
+        follows; `then` has not begun), or ConnectionLostError: then nobody knows.
         """
         values = [None if a is None else a.encode() for a in arguments]
         tidy = _TIDY if self.pooled else b""
         record = _STEP_DONE if brief else _CHECKPOINT
-        await self._commit([_LEAVE_ROLE, tidy, record, build.bind("", "", values), _EXECUTE], 2, then)
+        await self._commit([_LEAVE_ROLE, tidy, record, build.bind("", "", values), _EXECUTE], 2, then,
+                           foreign=foreign)
 
     async def commit(self) -> None:
         """COMMIT without a checkpoint, for steps in another database. Raises as `finish` does."""
         await self._commit([_LEAVE_ROLE, _TIDY if self.pooled else b""], 1)
 
-    async def _commit(self, parts: list[bytes], statements: int, then: tuple[str | None, str] | None = None) -> None:
+    async def _commit(self, parts: list[bytes], statements: int, then: tuple[str | None, str] | None = None, *,
+                      foreign: bool = False) -> None:
         """COMMIT, and the reset behind it, after these parts; so many statements, where the session is not pooled."""
-        self._begun = None
+        self._begun = self._predecessor = None
         if self.pooled:
             exchange = await self._exchange([*parts, _COMMIT, _SYNC])
             committed = exchange.error is None and exchange.tags[-1:] == ["COMMIT"]
@@ -327,10 +333,10 @@ class StepConnection(asyncio.Protocol):
                 following = Exchange(self._loop.create_future())
                 exchange = self._send([*parts, _COMMIT, _RESET, *self._step(*then)], ahead=statements, then=following)
                 self._begun = following
+                if foreign:
+                    self._predecessor = exchange
             await self._wait(exchange)
             committed = exchange.committed
-            if committed and (exchange.error is not None or exchange.status != _IDLE):
-                self._replies.reset_fault = exchange.error or ServerError({"M": "the session is not idle"})
         if not committed:
             raise exchange.error or ServerError(
                 {"C": "25P02", "M": "the transaction was rolled back instead of committed"})
@@ -387,6 +393,9 @@ class StepConnection(asyncio.Protocol):
         """
         try:
             async with asyncio.timeout(timeout):
+                if self.is_behind and self._predecessor is not None and self._predecessor.future is not None:
+                    # The request would hit the other workflow's commit.
+                    await asyncio.wait([self._predecessor.future])
                 await self._request_cancel()
                 if not self.closed:
                     # Answered once the statement has ended, however it did.
@@ -419,6 +428,19 @@ class StepConnection(asyncio.Protocol):
             if await reader.read(1) != ANSWER_SSL:
                 raise ConnectionRefusedError("no TLS for a cancel request")
         await writer.start_tls(self.target.context(), server_hostname=host)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the step that was sent as `foreign` still waits for the commit before it."""
+        return self._predecessor is not None and self._predecessor.status == 0 and not self.closed
+
+    def desert(self) -> None:
+        """Lets the step that `is_behind` go elsewhere: `run_begun` raises NotBegunError. What was sent stays sent, so
+        that the session can't be used any more, once the commit has been answered.
+        """
+        if self._predecessor is not None and self._predecessor.next is not None:
+            self._predecessor.next.fail(NotBegunError())
+            self._replies.reset_fault = ServerError({"M": "a step that was sent here is not wanted any more"})
 
     def close(self) -> None:
         """Terminates the session politely."""

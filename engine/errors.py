@@ -46,3 +46,9 @@ class StepRefusedError(Exception):
     def __init__(self, message: str, sqlstate: str) -> None:
         super().__init__(message)
         self.sqlstate = sqlstate
+
+
+class NotBegunError(Exception):
+    """A step was sent behind another workflow's commit, which did not come about, or does not come to an end. It has
+    not begun, as far as anybody can see: it takes its own way.
+    """

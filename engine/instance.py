@@ -344,15 +344,18 @@ class HeldInstance:
         if interpreter is not None and not (self._mailbox or self._shared.is_stopping() or self._had_its_turn()):
             steps = interpreter.take_steps()
             begun = self._begin_next(steps, lease)
-        then = None if begun is None else (lease.key[0].role_sql, begun.sql)
+        foreign = self._shared.runner.pass_on(lease) if begun is None else None
+        next_ = begun or foreign
+        then = None if next_ is None else next_.then
         try:
             arguments = step_done_arguments(self.instance_id, self.token, changes, key) \
                 if self._store.has_step_done else None
             if arguments is not None:
-                await lease.connection.finish(arguments, then, brief=True)
+                await lease.connection.finish(arguments, then, brief=True, foreign=foreign is not None)
             else:
                 await lease.connection.finish(
-                    checkpoint_arguments(self.instance_id, self.token, changes, big=key), then)
+                    checkpoint_arguments(self.instance_id, self.token, changes, big=key), then,
+                    foreign=foreign is not None)
         except ServerError as e:
             await lease.rollback()
             if e.sqlstate == LEASE_LOST:
@@ -418,7 +421,7 @@ class HeldInstance:
         task = self._tasks[key] = self._group.create_task(self._run_step(step, begun))
         if begun is not None:
             # A task that is cancelled before it begins never gets to give the session back.
-            task.add_done_callback(lambda _: begun.lease.abandon() if task.cancelled() else None)
+            task.add_done_callback(lambda _: begun.lease.drop() if task.cancelled() else None)
 
     def _start_all(self, steps: list[Step], begun: Begun | None = None) -> None:
         """Starts what `take_steps` has given; the first has `begun`."""

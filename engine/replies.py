@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from engine.errors import ResultTooLargeError, ServerError, StepRefusedError
+from engine.errors import NotBegunError, ResultTooLargeError, ServerError, StepRefusedError
 from proxy.wire import backend, build
 from proxy.wire.backend import ColumnDescription
 from proxy.wire.frames import PASS, WHOLE, Frame, FrameSplitter
@@ -74,7 +74,13 @@ class Exchange:
         self.tag: str | None = None  # of the statement that was described
         self.error: ServerError | None = None
         self.copy = False
-        self.status = 0
+        self.status = 0  # TransactionStatus at its end; 0: it has not ended
+
+    def fail(self, reason: Exception) -> None:
+        """Tells whoever waits for it, if it has not been told."""
+        if self.future is not None and not self.future.done():
+            self.future.set_exception(reason)
+            self.future.exception()  # maybe nobody does
 
 
 class _Ended(NamedTuple):
@@ -227,13 +233,15 @@ class Replies:
 
     def lost(self, reason: Exception) -> None:
         """The session is over: nothing that is under way will be answered."""
+        behind = None
         while self.exchanges:
             exchange = self.exchanges.popleft()
-            future = exchange.future
-            if future is not None and not future.done():
-                # Servers end a session that sends statements where they expect COPY's data.
-                future.set_exception(StepRefusedError(*NO_COPY) if exchange.copy else reason)
-                future.exception()
+            if exchange is behind:
+                exchange.fail(NotBegunError())
+                continue
+            # Servers end a session that sends statements where they expect COPY's data.
+            exchange.fail(StepRefusedError(*NO_COPY) if exchange.copy else reason)
+            behind = None if exchange.committed else exchange.next
 
     def unreadable(self) -> bool:
         """The stream can't be read on. True: the result that came is too large, and whoever waits for it knows now."""
@@ -254,16 +262,18 @@ class Replies:
         """The exchange in front is over."""
         exchanges = self.exchanges
         exchanges.popleft()
+        skipped = None
         if exchange.next is not None and exchange.error is not None and not exchange.committed:
-            exchanges.popleft()  # skipped, up to the Sync that this answers
+            skipped = exchanges.popleft()  # up to the Sync that this answers
         if exchanges:
             self._attend(exchanges[0])
         self.status = exchange.status = status
-        if exchange.future is None:
-            if exchange.error is not None or status != _IDLE:
-                self.reset_fault = exchange.error or ServerError({"M": "the session is not idle"})
-        elif not exchange.future.done():
+        if (exchange.future is None or exchange.committed) and (exchange.error is not None or status != _IDLE):
+            self.reset_fault = exchange.error or ServerError({"M": "the session is not idle"})
+        if exchange.future is not None and not exchange.future.done():
             exchange.future.set_result(None)
+        if skipped is not None:
+            skipped.fail(NotBegunError())
 
     def _receive_error(self, exchange: Exchange | None, payload: bytes) -> bytes:
         error = ServerError(backend.error_fields(payload))

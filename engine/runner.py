@@ -21,7 +21,7 @@ from msgspec import Struct
 from dsl.compiler import compile_sql, mentions_dsl
 from dsl.values import TYPES_SQL, Column, StaleTypeError, TypeCatalog, describe, encode_rows
 from engine.connection import StepConnection, StepResult
-from engine.errors import ConnectionLostError, ResultTooLargeError, ServerError, StepRefusedError
+from engine.errors import ConnectionLostError, NotBegunError, ResultTooLargeError, ServerError, StepRefusedError
 from engine.identity import Identities, Identity, IdentityError
 from engine.model import Step, StepError
 from engine.settings import EngineSettings
@@ -46,6 +46,8 @@ _BAD_LOGIN = frozenset({"28P01", "28000"})
 AWAY = 1.0
 #: Seconds that a workflow may keep its session from step to step while other steps wait for a place.
 SHARE = 0.05
+#: Seconds after which a step no longer waits for the commit of another workflow's that it was sent behind.
+PATIENCE = 1.0
 _NO_TYPES = TypeCatalog()
 #: Encoding more than this many bytes happens in a thread.
 _THREAD_BYTES = 256 * 1024
@@ -105,7 +107,7 @@ class Job(Struct, frozen=True):
 
 
 class Begun(Struct, frozen=True):
-    """A step that went to the server with the commit of the one before it, in that one's session, `at` that time of the
+    """A step that went to the server with the commit of another one, in that one's session, `at` that time of the
     database.
     """
 
@@ -113,26 +115,68 @@ class Begun(Struct, frozen=True):
     sql: str
     at: datetime
 
+    @property
+    def then(self) -> tuple[str | None, str]:
+        """As `StepConnection.finish` wants it."""
+        return self.lease.key[0].role_sql, self.sql
+
+
+class Wish(Struct, frozen=True):
+    """What a step that waits for a place could begin with in a session of that kind."""
+
+    key: PoolKey
+    sql: str
+
 
 class SessionLease:
     """A session in use, with its slot in the budget. Ends with `release`, once."""
 
-    __slots__ = ("_pool", "connection", "key", "since")
+    __slots__ = ("_ended", "_former", "_pool", "connection", "key", "since")
 
-    def __init__(self, pool: SessionPool, key: PoolKey, connection: StepConnection) -> None:
-        self._pool: SessionPool | None = pool
+    def __init__(self, pool: SessionPool, key: PoolKey, connection: StepConnection,
+                 former: SessionLease | None = None) -> None:
+        self._pool: SessionPool | None = pool  # None: it has ended, or was passed on
+        self._ended = False
+        self._former = former
         self.key = key
         self.connection = connection
         self.since = asyncio.get_running_loop().time()
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it has neither ended nor been passed on."""
+        return self._pool is not None
+
+    def pass_on(self) -> SessionLease:
+        """For another workflow, whose step goes to the server behind this one's commit. From now on it is for that one
+        to end the lease; what this one still does to it has no effect.
+        """
+        assert self._pool is not None
+        heir = SessionLease(self._pool, self.key, self.connection, self)
+        self._pool = None
+        return heir
+
+    def give_back(self) -> None:
+        """Undoes `pass_on` while the commit is still under way; the session can't be used once that is over."""
+        former = self._former
+        if former is None or former._ended:  # who has passed it on does not wait for the commit any more
+            self.drop()
+            return
+        self.connection.desert()
+        former._pool, self._pool = self._pool, None
+
     def release(self) -> None:
         """Gives session and slot back; a session that can't be used again is dropped. No effect the second time."""
+        self._ended = True
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.put_back(self)
 
     async def rollback(self) -> None:
-        """Rolls back and releases; a session that can't do even that is dropped."""
+        """Rolls back and releases; a session that can't do even that is dropped. No effect if it has ended."""
+        if self._pool is None:
+            self._ended = True
+            return
         try:
             await self.connection.rollback()
         except (ServerError, ConnectionLostError):
@@ -141,13 +185,16 @@ class SessionLease:
             self.release()
 
     def drop(self) -> None:
-        """Closes the session hard (the server rolls back) and frees the slot."""
-        self.connection.abort()
+        """Closes the session hard (the server rolls back) and frees the slot. No effect if it has ended."""
+        if self._pool is not None:
+            self.connection.abort()
         self.release()
 
-    def abandon(self) -> None:
-        """Drops it if nobody has ended it."""
-        if self._pool is not None:
+    def shed(self) -> None:
+        """Ends the lease of a step that was sent behind another workflow's commit, and is not wanted any more."""
+        if self._pool is not None and self.connection.is_behind:
+            self.give_back()
+        else:
             self.drop()
 
 
@@ -163,7 +210,10 @@ class SessionPool:
         self._pooled = pooled  # by somebody else, between here and the server
         self._target = Target.from_dsn(settings.dsn)
         self._backlog = Backlog(asyncio.get_running_loop())
-        self.slots = Slots(settings.max_user_connections, settings.execution_acquire_timeout, self._backlog)
+        self.slots: Slots[Wish, Begun] = Slots(settings.max_user_connections, settings.execution_acquire_timeout,
+                                               self._backlog, lambda begun: begun.lease.shed())
+        self._passed: deque[tuple[float, SessionLease]] = deque()  # when, to whom
+        self._watch: asyncio.TimerHandle | None = None  # while there are any
         self._idle: dict[PoolKey, deque[StepConnection]] = {}
         self._idle_count = 0
 
@@ -172,9 +222,34 @@ class SessionPool:
         """The home database's name."""
         return self._target.database
 
-    async def take_slot(self) -> None:
-        """Waits for a place in the budget. Raises TimeoutError. A `lease` takes it over; otherwise `free_slot`."""
-        await self.slots.take()
+    async def take_slot(self, wish: Wish | None = None) -> Begun | None:
+        """Waits for a place in the budget. Raises TimeoutError. A `lease` takes it over; otherwise `free_slot`. If a
+        wish was granted, the step has begun already.
+        """
+        return await self.slots.take(wish)
+
+    def pass_on(self, lease: SessionLease, sql: str, at: datetime) -> Begun:
+        """Hands a session over to whoever has the next wish."""
+        begun = Begun(lease.pass_on(), sql, at)
+        self.slots.hand_over(begun)
+        loop = asyncio.get_running_loop()
+        self._passed.append((loop.time(), begun.lease))
+        if self._watch is None:
+            self._watch = loop.call_later(PATIENCE, self._look)
+        return begun
+
+    def _look(self) -> None:
+        """Lets steps go elsewhere that have been behind another workflow's commit for too long."""
+        loop = asyncio.get_running_loop()
+        self._watch = None
+        while self._passed:
+            at, lease = self._passed[0]
+            if at + PATIENCE > loop.time():
+                self._watch = loop.call_at(at + PATIENCE, self._look)
+                return
+            self._passed.popleft()
+            if lease.is_held and lease.connection.is_behind:
+                lease.connection.desert()
 
     def free_slot(self) -> None:
         """Gives a place back that no lease has taken over."""
@@ -315,6 +390,23 @@ class Runner:
         sql = self._compile(step, instance_id)
         return None if _unfit(sql) else Begun(lease, sql, self._store.clock.now())
 
+    def pass_on(self, lease: SessionLease) -> Begun | None:
+        """Hands the session in `lease` over, with the commit that is about to be sent, to the workflow whose step has
+        waited longest for a place, if that step runs in the same kind of session. Whoever it is waits for neither a
+        place nor this commit. None: it is to be released.
+        """
+        wish = self.pool.slots.next_wish()
+        if wish is None or wish.key != lease.key or self._identities.known(wish.key[0].oid) != wish.key[0]:
+            return None
+        return self.pool.pass_on(lease, wish.sql, self._store.clock.now())
+
+    def _wish(self, job: Job, sql: str) -> Wish | None:
+        """What may be handed over to a step together with its place."""
+        if job.database is not None or self._store.pooled:
+            return None
+        identity = self._identities.known(job.submitted_by)
+        return None if identity is None else Wish((identity, None), sql)
+
     def ended(self, begun: Begun) -> Ready | None:
         """The outcome of a step that has begun, if it is known already and is that it has run; otherwise `run` it."""
         result = begun.lease.connection.begun_result()
@@ -345,6 +437,8 @@ class Runner:
                 return await self._use(job, sql, started, lease.key[0], lease, begun=True)
             except _OutsideError:
                 outside = True
+                continue
+            except NotBegunError:
                 continue
             except TransientError as e:
                 suspects += e.suspect
@@ -381,12 +475,14 @@ class Runner:
 
     async def _attempt(self, job: Job, sql: str, started: datetime, *, outside: bool) -> Outcome:
         try:
-            await self.pool.take_slot()
+            begun = await self.pool.take_slot(None if outside else self._wish(job, sql))
         except TimeoutError:
             limit, wait = self._settings.max_user_connections, self._settings.execution_acquire_timeout
             return Failed(started, StepError(
                 f"pg_durable: connection limit reached (max_user_connections={limit}). "
                 f"Timed out after {wait:g}s waiting for an available execution slot.", "53300"))
+        if begun is not None:
+            return await self._use(job, sql, begun.at, begun.lease.key[0], begun.lease, begun=True)
         try:
             identity = await self._identities.resolve(job.submitted_by, job.instance_id, job.database)
             lease = await self._connect(identity, job.database)
@@ -408,7 +504,8 @@ class Runner:
             return await self._transaction(job, sql, started, identity, lease, begun=begun)
         except asyncio.CancelledError:
             try:
-                await lease.connection.cancel()
+                if lease.is_held:
+                    await lease.connection.cancel()
             finally:
                 lease.drop()
             raise
@@ -522,6 +619,12 @@ class Runner:
             await lease.connection.cancel()
             lease.drop()
             return Failed(started, StepError(f"SQL execution failed: {e}", "54000"))
+        except NotBegunError:
+            if lease.connection.is_behind:
+                lease.give_back()
+            else:
+                await lease.rollback()
+            raise
         except ConnectionLostError as e:
             lease.drop()
             raise TransientError(str(e), suspect=True) from e
