@@ -18,9 +18,10 @@ from bench.turns import Counter
 
 WORKFLOWS, AT_A_TIME, REPEATS = 2000, 32, 5
 #: By each client of the yardstick.
-TRANSACTIONS = 400
-#: So many of each session are not counted on either side: at first it has nothing in its caches.
-BEGINNING = 50
+TRANSACTIONS = 500
+#: So many of each session are not counted on either side: at first it has nothing in its caches. (A worker's sessions
+#: have run so many on average: it does not use all of them equally often.)
+BEGINNING = 150
 #: Of the run that is counted, not timed.
 COUNTED = 500
 

@@ -335,8 +335,8 @@ class HeldInstance:
         return True
 
     async def _finish(self, key: Key, changes: Changes, ready: Ready, interpreter: Interpreter | None = None) -> None:
-        """Commits a step with its checkpoint. What `interpreter` wants to run next begins with it, if it may. Raises
-        _ReloadError, LeaseLostError.
+        """Commits a step with its checkpoint. What `interpreter` wants to run next begins with it, if it may; otherwise
+        what another workflow has waited with. Raises _ReloadError, LeaseLostError.
         """
         lease = ready.lease
         steps: list[Step] = []
@@ -344,18 +344,18 @@ class HeldInstance:
         if interpreter is not None and not (self._mailbox or self._shared.is_stopping() or self._had_its_turn()):
             steps = interpreter.take_steps()
             begun = self._begin_next(steps, lease)
-        foreign = self._shared.runner.pass_on(lease) if begun is None else None
-        next_ = begun or foreign
-        then = None if next_ is None else next_.then
+        heir = self._shared.runner.pass_on(lease) if begun is None else None
+        following = begun or heir
+        then = None if following is None else following.then
         try:
             arguments = step_done_arguments(self.instance_id, self.token, changes, key) \
                 if self._store.has_step_done else None
             if arguments is not None:
-                await lease.connection.finish(arguments, then, brief=True, foreign=foreign is not None)
+                await lease.connection.finish(arguments, then, brief=True, foreign=heir is not None)
             else:
                 await lease.connection.finish(
                     checkpoint_arguments(self.instance_id, self.token, changes, big=key), then,
-                    foreign=foreign is not None)
+                    foreign=heir is not None)
         except ServerError as e:
             await lease.rollback()
             if e.sqlstate == LEASE_LOST:

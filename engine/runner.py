@@ -153,7 +153,7 @@ class SessionLease:
         """
         assert self._pool is not None
         heir = SessionLease(self._pool, self.key, self.connection, self)
-        self._pool = None
+        self._pool = self._former = None  # what it began behind is long over; a chain of them would never end
         return heir
 
     def give_back(self) -> None:

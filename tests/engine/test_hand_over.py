@@ -262,6 +262,12 @@ async def test_a_lease_that_is_given_back_ends_once(waits: bool) -> None:
     assert (connection.said, pool.back) == ((["desert"], [first]) if waits else (["abort"], [second]))
 
 
+async def test_a_session_that_goes_on_and_on_leaves_nothing_behind() -> None:
+    first, second, _, _ = leases()
+    third = second.pass_on()
+    assert (third._former, second._former, first._former) == (second, None, None)
+
+
 async def test_a_lease_that_stands_behind_nothing_is_dropped() -> None:
     _, second, connection, pool = leases()
     connection.is_behind = False
