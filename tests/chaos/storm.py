@@ -64,7 +64,11 @@ FENCES = "SELECT pg_get_functiondef(p.oid) FROM pg_proc p WHERE p.pronamespace =
 
 def unfenced(body: str) -> str:
     """A function that proves a lease, broken: it writes whatever the token, and over what is recorded already."""
-    return body.replace("AND q.token = p_token", "").replace("p_meta, p_started);", "p_meta, p_started) ON CONFLICT DO NOTHING;")
+    if "PROCEDURE duroxide.step_done" in body:
+        for insert in ("p_meta, p_started)", "AND q.token = p_token FOR UPDATE"):
+            body = body.replace(
+                f"{insert};", f"{insert} ON CONFLICT (instance_id, execution, node) DO UPDATE SET event = EXCLUDED.event;")
+    return body.replace("AND q.token = p_token", "")
 
 
 SCENE = """
