@@ -201,7 +201,9 @@ class Storm:
                 await self._kill(n)
 
     async def _spawn(self, n: int) -> None:
-        settings = {"lease": self.plan.lease, "retry_max": 1.0, "max_crashes": 100_000, "max_user_connections": 5,
+        # With few connections steps wait for a place, and sessions go from workflow to workflow.
+        settings = {"lease": self.plan.lease, "retry_max": 1.0, "max_crashes": 100_000,
+                    "max_user_connections": (1, 2, 5)[n % 3],
                     "execution_acquire_timeout": 600.0, "claim_batch": 20, "connect_timeout": 10.0}
         with (self.folder / f"worker{n}.log").open("ab") as log:
             self.processes[n] = await asyncio.create_subprocess_exec(
