@@ -342,6 +342,14 @@ async def test_a_commit_that_hangs_holds_up_nobody_else(database18: Database, pa
     without harm to it.
     """
     monkeypatch.setattr(runner, "PATIENCE", 0.3 if how == "waits" else 3600.0)
+    cancels: list[StepConnection] = []
+    cancel = StepConnection.cancel
+
+    async def noted(self: StepConnection, timeout: float = 30.0) -> None:
+        cancels.append(self)
+        await cancel(self, timeout)
+
+    monkeypatch.setattr(StepConnection, "cancel", noted)
     await install(database18)
     with Client(database18) as c, Client(database18) as other:
         c.execute("CREATE TABLE runs (n int)")
@@ -361,11 +369,12 @@ async def test_a_commit_that_hangs_holds_up_nobody_else(database18: Database, pa
                     assert {status for status, _ in await ended(other, *rest)} == {"completed"}
                     assert other.outcome(hung)[0] in ("pending", "running")
                 else:
-                    behind = await until(lambda: [b for b in passed if b.lease.is_held and b.lease.connection.is_behind])
-                    number = int(behind[0].sql.split("SELECT ")[-1].split()[0])
-                    victim = rest[number - 1]
-                    other.execute("SELECT df.cancel(%s, 'enough')", victim)
-                    await asyncio.sleep(0.5)
+                    await until(lambda: other.one("SELECT count(*) FROM runs") == 3)  # in the other session
+                    [behind] = await until(lambda: [b for b in passed if b.lease.is_held and b.lease.connection.is_behind])
+                    number = int(behind.sql.split("SELECT ")[-1].split()[0])
+                    other.execute("SELECT df.cancel(%s, 'enough')", rest[number - 1])
+                    await until(lambda: cancels)
+                    await asyncio.sleep(0.2)  # a request would have come by now
                 keeper.rollback()
             found = dict(zip([hung, *rest], await ended(other, hung, *rest), strict=True))
             assert found[hung][0] == "completed"
