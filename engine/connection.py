@@ -9,7 +9,7 @@ gets one when the error has come.
 Where the workflow's next step is known by then, it goes into the second write (`finish` with `then`): behind the
 COMMIT, which then is a message of its own, so that an error before it or in it makes the server skip all up to the Sync
 at the end, and behind the Query that cleans up. That Query is answered at once: that a step is committed is known
-before the next one ends.
+before the next one ends. It may be the first step of another workflow, which has waited for a session (`foreign`).
 """
 
 from __future__ import annotations
