@@ -353,25 +353,33 @@ async def test_a_commit_that_hangs_holds_up_nobody_else(database18: Database, pa
     await install(database18)
     with Client(database18) as c, Client(database18) as other:
         c.execute("CREATE TABLE runs (n int)")
-        c.execute("CREATE TABLE gate ()")
+        c.execute("CREATE TABLE first_gate ()")
+        c.execute("CREATE TABLE second_gate ()")
         async with running_worker(database18, max_user_connections=2) as worker, asyncio.timeout(60):
-            with psycopg.connect(database18.dsn()) as gate, psycopg.connect(database18.dsn()) as keeper:
-                gate.execute("LOCK TABLE gate")
-                step = "WITH g AS (SELECT count(*) FROM gate) INSERT INTO runs SELECT %s FROM g"
-                hung, *rest = await start_together(c, worker, *(sql(step.replace("%s", str(n))) for n in range(5)))
-                # Two of them are there, and wait for the gate; the others wait for a place.
-                await until(lambda: c.one("SELECT count(*) FROM pg_locks WHERE relation = 'gate'::regclass AND NOT granted") == 2)
-                first = c.rows("SELECT query FROM pg_stat_activity WHERE application_name = 'dfproxy:step'")
-                assert {"SELECT 0" in row[0] for row in first} == {True, False}
+            with psycopg.connect(database18.dsn()) as first, psycopg.connect(database18.dsn()) as second, \
+                    psycopg.connect(database18.dsn()) as keeper:
+                first.execute("LOCK TABLE first_gate")
+                second.execute("LOCK TABLE second_gate")
+                # Two are let in first, each to a session; the others wait for a place, and then for the second gate.
+                step = "INSERT INTO runs SELECT {} FROM (SELECT count(*) FROM {}_gate) g"
+                waiting = "SELECT count(*) FROM pg_locks WHERE relation = %s::regclass AND NOT granted"
+                hung, other_one = await start_together(c, worker, *(sql(step.format(n, "first")) for n in range(2)))
+                await until(lambda: c.one(waiting, "first_gate") == 2)
+                rest = [other_one, *await start_together(c, worker, *(sql(step.format(n, "second")) for n in range(2, 5)))]
+                await until(lambda: len(worker._held) == 5)
                 keeper.execute("SELECT FROM duroxide.instances WHERE id = %s FOR UPDATE", (hung,))
-                gate.rollback()
+                await asyncio.sleep(0.2)  # they queue up for a place
+                first.rollback()
+                await until(lambda: c.one(waiting, "second_gate") == 1)
+                if how == "cancelled":
+                    [behind] = await until(lambda: [b for b in passed if b.lease.is_held and b.lease.connection.is_behind])
+                second.rollback()
                 if how == "waits":
                     assert {status for status, _ in await ended(other, *rest)} == {"completed"}
                     assert other.outcome(hung)[0] in ("pending", "running")
                 else:
                     await until(lambda: other.one("SELECT count(*) FROM runs") == 3)  # in the other session
-                    [behind] = await until(lambda: [b for b in passed if b.lease.is_held and b.lease.connection.is_behind])
-                    number = int(behind.sql.split("SELECT ")[-1].split()[0])
+                    number = int(behind.sql.split("SELECT ")[1].split()[0])
                     other.execute("SELECT df.cancel(%s, 'enough')", rest[number - 1])
                     await until(lambda: cancels)
                     await asyncio.sleep(0.2)  # a request would have come by now
