@@ -1,81 +1,34 @@
 # cython: language_level=3, wraparound=False, cdivision=True
 """The compiled part of proxy/fastpath.py, which says what it is for. Linux only; without it everything goes through
-proxy/session.py, which is the reference for what is decided here.
+proxy/session.py, which is the reference for what is decided here (proxy/_decide.pxd).
 
-Nothing here parses more than message headers. Every index is checked against the bytes that were received.
+A session's two connections are served here on the event loop, and when nothing but plain requests has passed for a while,
+by a thread of their own (proxy/_thread.pxd), which gives them back as soon as anything else comes.
 """
 
 from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memchr, memcpy
+from libc.string cimport memchr
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 
+import threading
 
-cdef extern from "<sys/socket.h>" nogil:
-    ssize_t recv(int fd, void* buffer, size_t size, int flags)
-    ssize_t send(int fd, const void* buffer, size_t size, int flags)
-    int MSG_DONTWAIT, MSG_NOSIGNAL
-
-cdef extern from "<sys/epoll.h>" nogil:
-    ctypedef union epoll_data_t:
-        int fd
-    struct epoll_event:
-        unsigned int events
-        epoll_data_t data
-    int epoll_create1(int flags)
-    int epoll_ctl(int epfd, int op, int fd, epoll_event* event)
-    int epoll_wait(int epfd, epoll_event* events, int most, int timeout)
-    unsigned int EPOLLIN
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int fd)
-
-cdef extern from "<strings.h>" nogil:
-    int strncasecmp(const char* a, const char* b, size_t n)
-
-ctypedef const unsigned char* Octets
+from proxy._decide cimport HEADER, Octets, is_suspect, kind_of, length_at, skim
+from proxy._thread cimport (
+    BROKEN, BUFFER_SIZE, BUSY, CLOSED, EPOLLIN, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EVENTS, LOOP,
+    MSG_DONTWAIT, MSG_NOSIGNAL, NOTHING, OPEN, REPLY, REQUEST, THREAD, TO_CLIENT, TO_SERVER,
+    Left, Link, Relayer, close, close_relayer, epoll_create1, epoll_ctl, epoll_event, epoll_wait, follow, give, may_pass,
+    open_relayer, passed, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_unlock, put_tail, read, recv, relay,
+    ring, send, take,
+)
 
 cdef enum:
-    BUFFER_SIZE = 262144
-    EVENTS = 64
     ROUNDS = 4  #: of looking for more before the event loop has its turn: while there is much to do it saves its wait
-    HEADER = 5
-
-cdef enum State:
-    CLOSED  #: everything is looked at in Python
-    OPEN    #: nothing is on its way, and the next request may go straight on
-    BUSY    #: one request has gone straight on, and its reply is to come
 
 
 # --- what is decided ---
-
-cdef inline unsigned int length_at(Octets p) noexcept nogil:
-    """The length word of the header at `p`."""
-    return (<unsigned int> p[1] << 24) | (<unsigned int> p[2] << 16) | (<unsigned int> p[3] << 8) | p[4]
-
-
-cdef int kind_of(Octets p, Py_ssize_t size) noexcept nogil:
-    """As proxy.wire.plain.plain_request: Q, S (of a batch), or 0."""
-    cdef Py_ssize_t at = 0
-    cdef unsigned int length
-    cdef unsigned char type_
-    if size < HEADER:
-        return 0
-    if p[0] == c'Q':
-        return c'Q' if length_at(p) == <size_t> (size - 1) else 0
-    while size - at >= HEADER:
-        type_, length = p[at], length_at(p + at)
-        if length < 4 or length > <size_t> (size - at - 1):
-            return 0
-        at += 1 + <Py_ssize_t> length
-        if type_ == c'S':
-            return c'S' if at == size else 0
-        if not (type_ == c'P' or type_ == c'B' or type_ == c'D' or type_ == c'E' or type_ == c'C' or type_ == c'H'):
-            return 0
-    return 0
-
 
 cdef object bound_alone(Octets p, Py_ssize_t size):
     """As proxy.wire.plain.bound_alone, for what `kind_of` has said S to."""
@@ -99,61 +52,6 @@ cdef object bound_alone(Octets p, Py_ssize_t size):
             return None
         at += 1 + <Py_ssize_t> length
     return PyBytes_FromStringAndSize(<char*> p + HEADER + 1, name_size)
-
-
-cdef inline bint is_name(unsigned char c) noexcept nogil:
-    """Whether a byte may stand in an SQL name."""
-    return (c'a' <= (c | 0x20) <= c'z' and c < 0x80) or c'0' <= c <= c'9' or c == c'_' or c == c'$' or c >= 0x80
-
-
-cdef bint is_suspect(Octets p, Py_ssize_t size) noexcept nogil:
-    """Whether dsl.compiler.mentions_dsl may say yes to a text in these messages. No is final.
-
-    A text's first byte has a header or a zero byte before it. The header of a Query could look like a name's end.
-    """
-    cdef Py_ssize_t i
-    cdef unsigned char c, before, after
-    for i in range(HEADER, size):
-        c = p[i]
-        if c == c'>':
-            before = p[i - 1]
-            if before == c'~' or before == c'?' or before == c'!' or before == c'@':
-                return True
-            if before == c'=' and p[i - 2] == c'|':
-                return True
-        elif c == c'f' or c == c'F':
-            if i > HEADER and (p[i - 1] | 0x20) == c'd' and i + 1 < size:
-                after = p[i + 1]
-                if (after == c'.' or after == c'"' or after == c' ' or 9 <= after <= 13) and (
-                        i - 1 == HEADER or not is_name(p[i - 2])):
-                    return True
-        elif c == c'_':
-            if i + 8 <= size and i >= HEADER + 2 and strncasecmp(<const char*> p + i - 2, b"pg_durable", 10) == 0:
-                return True
-    return False
-
-
-cdef int skim(Octets p, Py_ssize_t size, Octets modes, unsigned int most, long long* remaining,
-              int* tail) noexcept nogil:
-    """As proxy.wire.frames.FrameSplitter.skim with ReadyForQuery as the last message: 0, Z, or -1.
-
-    But for a header of which only a part is there: those bytes, whose number is `tail`, are not taken.
-    """
-    cdef long long at = remaining[0]
-    cdef unsigned int length
-    while size - at >= HEADER:
-        length = length_at(p + at)
-        if length < 4 or length > most:
-            return -1
-        if modes[p[at]]:
-            if p[at] != c'Z' or at + 1 + length != size:
-                return -1
-            remaining[0] = tail[0] = 0
-            return c'Z'
-        at += 1 + <long long> length
-    tail[0] = <int> (size - at) if at < size else 0
-    remaining[0] = at - size if at > size else 0
-    return 0
 
 
 def plain_request(bytes data):
@@ -182,37 +80,50 @@ cdef class Board:
     """The descriptors that all sessions of an event loop have lent; `ready` is to be called when `fileno` is readable.
 
     They are in an epoll set of their own: an event loop that finds an error on a descriptor which it watches for
-    somebody else closes its watch and tells nobody.
+    somebody else closes its watch and tells nobody. Those that the thread has are in another. It gets a session after
+    `calm` plain requests that came after each other.
     """
 
     cdef int _set
     cdef dict _ends
     #: What was received last. One for all: it is empty again before anything else is received.
     cdef unsigned char* buffer
+    cdef Relayer relayer
+    cdef object _thread
+    cdef int calm
 
-    def __cinit__(self):
+    def __cinit__(self, int calm):
+        cdef int error = open_relayer(&self.relayer)
+        self.calm = calm
         self._ends = {}
-        self._set = -1
+        self._set = epoll_create1(EPOLL_CLOEXEC)
         self.buffer = <unsigned char*> malloc(BUFFER_SIZE)
+        if error or self._set < 0:
+            raise OSError(error or errno, "no descriptors for the fast path")
         if self.buffer == NULL:
             raise MemoryError
-        self._set = epoll_create1(EPOLL_CLOEXEC)
-        if self._set < 0:
-            raise OSError(errno, "no epoll set")
+        self.watch(self.relayer.bell, True)
+        self._thread = threading.Thread(target=self._relay, name="dfproxy-relay", daemon=True)
+        self._thread.start()
 
     def __dealloc__(self):
-        self.close()
         free(self.buffer)
+        close_relayer(&self.relayer)
+        if self._set >= 0:
+            close(self._set)
 
     def fileno(self):
         """The epoll set's descriptor."""
         return self._set
 
+    def _relay(self):
+        with nogil:
+            relay(&self.relayer)
+
     def close(self):
-        """To be called when nothing is lent any more."""
-        if self._set >= 0:
-            close(self._set)
-            self._set = -1
+        """Ends the thread. To be called when nothing is lent any more."""
+        ring(self.relayer.end)
+        self._thread.join()
 
     def ready(self):
         """Serves what has become readable."""
@@ -222,6 +133,9 @@ cdef class Board:
         for round in range(ROUNDS):
             count = epoll_wait(self._set, events, EVENTS, 0)
             for i in range(count):
+                if events[i].data.fd == self.relayer.bell:
+                    self.collect()
+                    continue
                 # One that is not lent any more may be among them; where its number was lent again, there is nothing to
                 # read yet.
                 end = self._ends.get(events[i].data.fd)
@@ -234,6 +148,35 @@ cdef class Board:
                     end.leg.failed(e)
             if count < 2:
                 break
+
+    cdef collect(self):
+        """Takes back what the thread has returned."""
+        cdef uint64_t rung
+        cdef Link* link
+        cdef Exchange exchange
+        read(self.relayer.bell, &rung, sizeof(rung))
+        while True:
+            self.lock()
+            link = self.relayer.first
+            if link != NULL:
+                take(&self.relayer, link)
+            self.unlock()
+            if link == NULL:
+                return
+            exchange = <Exchange> link.exchange
+            try:
+                exchange.returned()
+                exchange.go_on()
+            except Exception as e:
+                exchange.client.leg.failed(e)
+
+    cdef void lock(self):
+        if pthread_mutex_trylock(&self.relayer.lock):
+            with nogil:
+                pthread_mutex_lock(&self.relayer.lock)
+
+    cdef void unlock(self):
+        pthread_mutex_unlock(&self.relayer.lock)
 
     cdef watch(self, int fd, bint on):
         cdef epoll_event event
@@ -255,14 +198,20 @@ cdef class End:
         self.leg = leg
         self.pending = transport.get_write_buffer_size
         self.fd = fd
+        if self.client:
+            self.exchange.link.client = fd
+        else:
+            self.exchange.link.server = fd
         self.exchange.board._ends[fd] = self
 
     def resume(self):
+        self.exchange.take_back()
         if not self.reading:
             self.exchange.board.watch(self.fd, True)
             self.reading = True
 
     def pause(self):
+        self.exchange.take_back()
         if self.reading:
             self.reading = False
             self.exchange.board.watch(self.fd, False)
@@ -273,13 +222,14 @@ cdef class End:
         self.fd = -1
 
     cdef readable(self):
-        cdef int before = 0 if self.client else self.exchange.put_tail()
+        cdef Link* link = &self.exchange.link
+        cdef int before = 0 if self.client else put_tail(link, self.exchange.board.buffer)
         cdef ssize_t size = recv(self.fd, self.exchange.board.buffer + before, BUFFER_SIZE - before, MSG_DONTWAIT)
         if size > 0:
             if self.client:
                 self.exchange.request(size)
             else:
-                self.exchange.tail_size = 0
+                link.tail_size = 0
                 self.exchange.reply(before + size)
         elif size == 0:
             self.leg.recall()  # the transport finds the end of the stream itself
@@ -307,81 +257,139 @@ cdef class Exchange:
     `on_done` the transaction status at the end of a plain reply, where it has changed or `open` was told to say it, and
     what was remembered of the statement. `statements` and `portals` are what the session remembers, by name: a batch
     about one of them alone goes straight on, too, and `on_bound` gets what the unnamed portal is from then on.
+
+    The thread has it only while there is nothing to say or to remember.
     """
 
     cdef readonly End client, server
     cdef Board board
     cdef bytes modes
-    cdef unsigned int most
-    cdef Py_ssize_t limit
     cdef dict statements, portals
     cdef object on_request, on_reply, on_bound, on_done
     cdef object statement  # of the request that is on its way; None: nothing was remembered of it
-    cdef State state
-    cdef int kind, status
     cdef bint told
-    cdef long long _remaining
-    cdef unsigned char tail_bytes[HEADER]
-    cdef int tail_size
+    cdef int calm  # plain replies after each other
+    cdef Link link
 
     def __init__(self, Board board, bytes modes, unsigned int most, Py_ssize_t limit, dict statements not None,
                  dict portals not None, on_request, on_reply, on_bound, on_done):
         if len(modes) != 256:
             raise ValueError("a mode for each type byte")
-        self.board, self.modes, self.most, self.limit = board, modes, most + 4, limit
+        self.board, self.modes = board, modes
         self.statements, self.portals = statements, portals
         self.on_request, self.on_reply, self.on_bound, self.on_done = on_request, on_reply, on_bound, on_done
-        self.state = CLOSED
+        self.link.client = self.link.server = -1
+        self.link.owner, self.link.state, self.link.left = LOOP, CLOSED, NOTHING
+        self.link.modes, self.link.most, self.link.limit = <Octets> modes, most + 4, limit
+        self.link.exchange = <void*> self
         self.client, self.server = End(), End()
         self.client.exchange = self.server.exchange = self
         self.client.client = True
 
+    def __dealloc__(self):
+        free(self.link.data)  # its ends were stopped, or they would still be on the board
+
     def open(self, int status, bint told):
         """Nothing is on its way: the next request may go straight on."""
-        self.state, self.status, self.told = OPEN, status, told
+        self.link.state, self.link.status, self.told = OPEN, status, told
 
     def leave(self):
         """From now on everything is looked at in Python.
 
-        Returns the type of the request that is on its way, or 0, and what was remembered of its statement.
+        Returns the type of the request that is on its way, or 0, what was remembered of its statement, and the last
+        transaction status; None where that is the case already.
         """
-        cdef bint busy = self.state == BUSY
+        self.take_back()
+        cdef bint busy = self.link.state == BUSY
         cdef object statement = self.statement
-        self.state, self.statement = CLOSED, None
-        return self.kind if busy else 0, statement
+        if self.link.state == CLOSED:
+            return None
+        self.link.state, self.statement, self.calm = CLOSED, None, 0
+        return self.link.kind if busy else 0, statement, self.link.status
+
+    @property
+    def given(self):
+        """Whether the thread has it."""
+        return self.link.owner == THREAD
 
     @property
     def remaining(self):
         """Payload bytes to come of a message of the reply, of which a part has gone on."""
-        return self._remaining
+        return self.link.remaining
 
     def take_tail(self):
         """The bytes of a header of the reply of which the rest is to come; they have not gone on."""
-        cdef bytes taken = PyBytes_FromStringAndSize(<char*> self.tail_bytes, self.tail_size)
-        self.tail_size = 0
+        cdef bytes taken = PyBytes_FromStringAndSize(<char*> self.link.tail, self.link.tail_size)
+        self.link.tail_size = 0
         return taken
 
-    cdef int put_tail(self) noexcept:
-        """Puts those bytes before what is to be received next, and returns their number."""
-        memcpy(self.board.buffer, self.tail_bytes, self.tail_size)
-        return self.tail_size
+    def go_on(self):
+        """Does what the thread has left to do, if any: it has read something that is to be looked at in Python."""
+        cdef Left left = self.link.left
+        if left == REQUEST:
+            self.on_request(self.take_data())
+        elif left == REPLY:
+            self.on_reply(self.take_data())
+        elif left == BROKEN:
+            self.link.left = NOTHING
+            self.client.leg.abort()
+            self.server.leg.abort()
+
+    cdef bytes take_data(self):
+        cdef bytes data = PyBytes_FromStringAndSize(<char*> self.link.data, self.link.size)
+        free(self.link.data)
+        self.link.data, self.link.size, self.link.left = NULL, 0, NOTHING
+        return data
+
+    cdef take_back(self):
+        """Has the event loop serve it from now on."""
+        if self.link.owner == LOOP:
+            return
+        self.board.lock()
+        take(&self.board.relayer, &self.link)
+        self.board.unlock()
+        self.returned()
+
+    cdef returned(self):
+        """The thread does not have it any more; what it had no room for is written before anything else."""
+        cdef End end
+        cdef Left left = self.link.left
+        for end in (self.client, self.server):
+            if end.reading:
+                self.board.watch(end.fd, True)
+        if left == TO_SERVER:
+            self.server.leg.send(self.take_data())
+        elif left == TO_CLIENT:
+            self.client.leg.send(self.take_data())
+
+    cdef give_away(self):
+        """Has the thread serve it from now on, if all that was written has gone."""
+        cdef End end
+        if (self.told or len(self.statements) or len(self.portals) or not self.client.reading
+                or not self.server.reading or self.client.pending() or self.server.pending()):
+            return
+        for end in (self.client, self.server):
+            self.board.watch(end.fd, False)
+        self.board.lock()
+        cdef bint given = give(&self.board.relayer, &self.link)
+        self.board.unlock()
+        if not given:
+            self.calm = 0
+            self.returned()
 
     cdef request(self, Py_ssize_t size):
         cdef unsigned char* buffer = self.board.buffer
-        if self.state == OPEN and size <= self.limit:
-            self.kind = kind_of(buffer, size)
-            if self.kind and not is_suspect(buffer, size) and self.known(size):
-                self.state = BUSY
-                self._remaining = 0
-                self.server.write(size)
-                return
-        self.on_request(PyBytes_FromStringAndSize(<char*> buffer, size))
+        if may_pass(&self.link, buffer, size) and self.known(size):
+            passed(&self.link)
+            self.server.write(size)
+        else:
+            self.on_request(PyBytes_FromStringAndSize(<char*> buffer, size))
 
     cdef bint known(self, Py_ssize_t size) except -1:
         """Whether it is known what this request is about; no, where it is about more than one statement."""
         cdef object name
         self.statement = None
-        if self.kind == c'S' and (len(self.statements) or len(self.portals)):
+        if self.link.kind == c'S' and (len(self.statements) or len(self.portals)):
             name = bound_alone(self.board.buffer, size)
             if name is None:
                 return False
@@ -394,20 +402,20 @@ cdef class Exchange:
         cdef int last, status, tail = 0
         cdef object statement
         cdef unsigned char* buffer = self.board.buffer
-        if self.state == BUSY:
-            last = skim(buffer, size, <Octets> self.modes, self.most, &self._remaining, &tail)
+        if self.link.state == BUSY:
+            last = follow(&self.link, buffer, size, &tail)
             if last >= 0:
                 status = buffer[size - 1]
-                if tail:
-                    memcpy(self.tail_bytes, buffer + size - tail, tail)
-                    self.tail_size = tail
                 if size > tail:
                     self.client.write(size - tail)
-                if last and self.state == BUSY:
-                    self.state = OPEN
-                    if self.told or status != self.status:
+                if last and self.link.state == BUSY:
+                    self.link.state = OPEN
+                    if self.told or status != self.link.status:
                         statement, self.statement = self.statement, None
-                        self.status = status
+                        self.link.status = status
                         self.on_done(status, statement)
+                    self.calm += 1
+                    if self.calm >= self.board.calm:
+                        self.give_away()
                 return
         self.on_reply(PyBytes_FromStringAndSize(<char*> buffer, size))

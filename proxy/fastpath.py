@@ -7,6 +7,9 @@ written to the server at once, and so is the reply to it: a batch about a statem
 before and is all that the batch is about. Whatever else arrives is given to proxy/session.py as if its
 transport had read it. Connections inside of TLS are never lent.
 
+A session that sends nothing but such requests for a while is served by a thread of the compiled code's own, which needs
+neither the event loop nor the interpreter (docs/decisions/0011-a-thread-of-its-own.md).
+
 What is decided there is what proxy/wire/plain.py, Session._passes, dsl.compiler and FrameSplitter.skim decide here;
 tests compare them.
 """
@@ -30,6 +33,8 @@ else:
 
 #: Whether there is compiled code.
 COMPILED: Final = _built
+#: Plain requests after each other, after which the thread serves a session. To go back and forth costs some 10 us.
+CALM = 4
 
 
 def open_board(rewriter: Rewriter) -> Board | None:
@@ -39,7 +44,7 @@ def open_board(rewriter: Rewriter) -> Board | None:
     """
     if not COMPILED or not rewriter.narrow:
         return None
-    board = _fastpath.Board()
+    board = _fastpath.Board(CALM)
     asyncio.get_running_loop().add_reader(board.fileno(), board.ready)
     return board
 

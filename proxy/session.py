@@ -779,7 +779,10 @@ class Session:
         """Takes up what has passed without this module."""
         if self._exchange is None:
             return
-        type_, statement = self._exchange.leave()
+        left = self._exchange.leave()
+        if left is None:
+            return
+        type_, statement, self._status = left
         if type_:
             self._sent_alone(type_, statement)
             self._down.go_on(self._exchange.remaining, self._exchange.take_tail())
@@ -789,10 +792,11 @@ class Session:
         if self._exchange is None:
             return
         self._leave()
-        self._exchange = None
+        exchange, self._exchange = self._exchange, None
         self._client.recall()
         if self._server is not None:
             self._server.recall()
+        exchange.go_on()
 
     def _from_client(self, data: bytes) -> None:
         self._leave()

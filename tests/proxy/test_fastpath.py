@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import select
 import socket
 import struct
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import psycopg
@@ -17,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsl.compiler import mentions_dsl
+from proxy import fastpath
 from proxy.fastpath import COMPILED
 from proxy.session import _PLAIN, Session
 from proxy.wire import build
@@ -236,11 +239,27 @@ def test_transactions_are_still_followed(database18: Database) -> None:
 # --- handing over ---
 
 
-@pytest.fixture(params=[pytest.param(True, marks=needs_compiler), False], ids=["compiled", "python"])
-def either(request: pytest.FixtureRequest, database18: Database) -> Iterator[RunningProxy]:
-    """A proxy with the fast path, and one without."""
-    with running_proxy(database18.dsn(), fastpath=request.param) as proxy:
+@pytest.fixture(params=[pytest.param("thread", marks=needs_compiler), pytest.param("loop", marks=needs_compiler), "python"])
+def either(request: pytest.FixtureRequest, database18: Database, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningProxy]:
+    """A proxy whose thread has a session after one plain request, one whose thread never has any, and one without the fast path."""
+    monkeypatch.setattr(fastpath, "CALM", 1 if request.param == "thread" else 1_000_000)
+    with running_proxy(database18.dsn(), fastpath=request.param != "python") as proxy:
         yield proxy
+
+
+def given(proxy: RunningProxy) -> list[bool]:
+    """Whether the thread has them, session by session."""
+    return proxy.call(lambda: [s._exchange is not None and s._exchange.given for s in proxy.server._sessions])
+
+
+def warm(proxy: RunningProxy, database: Database) -> socket.socket:
+    """A session that the thread has already, if it is to have any."""
+    s = start(proxy, database)
+    s.sendall(SMALL)
+    read_until(s, READY)
+    if proxy.server.board is not None and fastpath.CALM == 1:
+        eventually(lambda: all(given(proxy)))
+    return s
 
 
 BIG = build.query(b"SELECT repeat('x', 100000) FROM generate_series(1, 50)")
@@ -256,7 +275,7 @@ SET = build.query(b"SET client_encoding = latin1")
 ], ids=lambda sent: "-".join(str(len(piece)) for piece in sent))
 def test_requests_in_any_pieces_at_any_time(database18: Database, either: RunningProxy, sent: list[bytes]) -> None:
     """Several requests at once, and requests that come while a reply is on its way, in the middle of its messages."""
-    with start(either, database18) as s:
+    with warm(either, database18) as s:
         for piece in sent:
             s.sendall(piece)
             select.select([s], [], [], 0.2)  # the reply has begun, where there is one
@@ -286,7 +305,7 @@ def test_notifications_come_between_requests(database18: Database, either: Runni
 
 def test_a_client_that_does_not_read_is_not_read_for(database18: Database, either: RunningProxy) -> None:
     """The server is held when the client's side is full, others go on, and in the end every byte is there."""
-    with start(either, database18) as s:
+    with warm(either, database18) as s:
         s.sendall(build.query(b"SELECT repeat('x', 1000000) FROM generate_series(1, 100)"))
         eventually(lambda: either.call(lambda: any(
             leg._holds for session in either.server._sessions for leg in (session._client, session._server) if leg is not None)))
@@ -314,9 +333,7 @@ def test_a_server_that_does_not_read_is_not_fed(either: RunningProxy, database18
 def test_clients_that_go(database18: Database, either: RunningProxy, how: str, when: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Whenever and however one goes, its server session ends, and no descriptor is left."""
     files = psutil.Process().num_fds()
-    with start(either, database18) as s:
-        s.sendall(SMALL)
-        read_until(s, Backend.READY_FOR_QUERY)
+    with warm(either, database18) as s:
         if when == "transaction":
             s.sendall(build.query(b"BEGIN"))
             read_until(s, Backend.READY_FOR_QUERY)
@@ -338,9 +355,7 @@ def test_clients_that_go(database18: Database, either: RunningProxy, how: str, w
 
 def test_servers_that_go(database18: Database, either: RunningProxy) -> None:
     files = psutil.Process().num_fds()
-    with psycopg.connect(database18.cluster.dsn(), autocommit=True) as admin, start(either, database18) as s:
-        s.sendall(SMALL)
-        read_until(s, Backend.READY_FOR_QUERY)
+    with psycopg.connect(database18.cluster.dsn(), autocommit=True) as admin, warm(either, database18) as s:
         admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [database18.name])
         assert b"57P01" in read_until(s, Backend.ERROR_RESPONSE)[-1].payload
         while s.recv(65536):
@@ -351,10 +366,7 @@ def test_servers_that_go(database18: Database, either: RunningProxy) -> None:
 
 def test_a_drain_takes_everything_back(database18: Database, either: RunningProxy) -> None:
     """Sessions between requests are dismissed; one in the middle of a long reply gets the rest of it first."""
-    with start(either, database18) as idle, start(either, database18) as busy:
-        for s in (idle, busy):
-            s.sendall(SMALL)
-            read_until(s, Backend.READY_FOR_QUERY)
+    with warm(either, database18) as idle, warm(either, database18) as busy:
         busy.sendall(build.query(b"SELECT repeat('x', 1000000) FROM generate_series(1, 60)"))
         busy.recv(10, socket.MSG_PEEK)
         draining = threading.Thread(target=either.drain)
@@ -364,6 +376,91 @@ def test_a_drain_takes_everything_back(database18: Database, either: RunningProx
         assert b"57P01" in read_until(busy, Backend.ERROR_RESPONSE)[-1].payload
         draining.join(30)
         assert not draining.is_alive()
+
+
+@needs_compiler
+def test_the_thread_has_what_is_plain_for_a_while(calls: list[bytes], database18: Database, proxied18: RunningProxy) -> None:
+    """After a few plain requests; until there is something to be looked at; never where something may have to be told."""
+    def plain(c: psycopg.Connection[tuple[object, ...]], times: int) -> None:
+        for n in range(times):
+            assert c.execute("SELECT %s::int", [n]).fetchone() == (n,)
+
+    with psycopg.connect(proxied18.dsn(database18), autocommit=True, prepare_threshold=None) as c:
+        plain(c, fastpath.CALM - 1)
+        assert given(proxied18) == [False]
+        plain(c, 1)
+        eventually(lambda: given(proxied18) == [True])
+        calls.clear()
+        plain(c, 50)
+        c.execute("BEGIN")
+        plain(c, 3)
+        assert (given(proxied18), calls) == ([True], [])
+        # What it knows of the session is known to Python, too, when it comes back.
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            c.execute("SELECT 1 / 0")
+        assert proxied18.call(lambda: [s._status for s in proxied18.server._sessions]) == [ord("E")]
+        assert given(proxied18) == [False]
+        c.execute("ROLLBACK")
+        plain(c, fastpath.CALM)
+        eventually(lambda: given(proxied18) == [True])
+        assert c.execute("SELECT df.one()").fetchone() == (1,)
+        plain(c, 20)
+        assert given(proxied18) == [False]
+
+
+@needs_compiler
+def test_who_is_dismissed_in_a_transaction_is_known_to_be(database18: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BEGIN has passed on the thread, unseen by Python; the drain leaves the transaction its time all the same."""
+    monkeypatch.setattr(fastpath, "CALM", 1)
+    with running_proxy(database18.dsn()) as proxy, warm(proxy, database18) as s:
+        s.sendall(build.query(b"BEGIN"))
+        read_until(s, READY)
+        assert given(proxy) == [True]
+        draining = threading.Thread(target=proxy.drain)
+        draining.start()
+        assert select.select([s], [], [], 1.5)[0] == []
+        s.sendall(build.query(b"COMMIT"))
+        assert ord("C") in [f.type for f in read_until(s, READY)]
+        assert b"57P01" in read_until(s, Backend.ERROR_RESPONSE)[-1].payload
+        draining.join(30)
+        assert not draining.is_alive()
+
+
+def test_many_sessions_at_once(database18: Database, either: RunningProxy) -> None:
+    """Each does what comes to its mind, most of it plain, and gets its own answers."""
+    def one(number: int) -> None:
+        chance = random.Random(number)
+        with psycopg.connect(either.dsn(database18), autocommit=True, prepare_threshold=None) as c:
+            for n in range(300):
+                match chance.choice(["plain"] * 12 + ["big", "error", "ours", "set", "pipeline", "notify", "copy"]):
+                    case "plain":
+                        assert c.execute("SELECT %s::int, %s::int", [number, n]).fetchone() == (number, n)
+                    case "big":
+                        size = chance.choice([100_000, 300_000, 2_000_000])
+                        assert c.execute("SELECT %s::int, repeat('x', %s)", [n, size]).fetchone() == (n, "x" * size)
+                    case "error":
+                        with pytest.raises(psycopg.errors.DivisionByZero):
+                            c.execute("SELECT 1 / 0")
+                    case "ours" if number % 2:
+                        assert c.execute("SELECT df.one(), %s::int", [n]).fetchone() == (1, n)
+                    case "set":
+                        c.execute(f"SET client_encoding = {chance.choice(['utf8', 'latin1'])}")
+                        assert c.execute("SELECT 'é'").fetchone() == ("é",)
+                    case "pipeline":
+                        with c.pipeline():
+                            cursors = [c.execute("SELECT %s::int", [i]) for i in range(5)]
+                        assert [cursor.fetchone() for cursor in cursors] == [(i,) for i in range(5)]
+                    case "notify":
+                        c.execute(f"LISTEN n{number}")
+                        c.execute(f"NOTIFY n{number}")
+                        assert len(list(c.notifies(timeout=30, stop_after=1))) == 1
+                    case "copy":
+                        with c.cursor() as cursor, cursor.copy("COPY (SELECT generate_series(1, 1000)) TO STDOUT") as copy:
+                            assert sum(1 for _ in copy.rows()) == 1000
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(one, range(16)))
+    eventually(lambda: either.server.clients == 0)
 
 
 @needs_compiler
