@@ -136,10 +136,10 @@ cdef class Board:
                 if events[i].data.fd == self.relayer.bell:
                     self.collect()
                     continue
-                # One that is not lent any more may be among them; where its number was lent again, there is nothing to
-                # read yet.
+                # One that is not lent any more may be among them, or has just been given to the thread; where its
+                # number was lent again, there is nothing to read yet.
                 end = self._ends.get(events[i].data.fd)
-                if end is None or not end.reading:
+                if end is None or not end.reading or end.exchange.link.owner != LOOP:
                     continue
                 try:
                     end.readable()

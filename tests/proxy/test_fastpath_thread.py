@@ -6,7 +6,7 @@ import itertools
 import select
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -80,15 +80,17 @@ class Desk:
             raise RuntimeError("a bug")
         self.requests.append(data)
 
-    def begin(self) -> None:
+    def begin(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Has the thread get it; `meanwhile` is called when the event loop knows of the reply, and has not read it."""
         self.exchange.open(IDLE, False)
         self.client.sendall(QUERY)
         look(self.board)
         assert receive(self.server, len(QUERY)) == QUERY
         self.server.sendall(build.message(Backend.READY_FOR_QUERY, b"I"))
+        assert select.select([self.board.fileno()], [], [], 30)[0]
+        meanwhile()
         look(self.board)
         assert receive(self.client, 6)[-1] == IDLE
-        assert self.exchange.given
 
     def stop(self) -> None:
         self.exchange.client.stop()
@@ -131,6 +133,7 @@ def board() -> Iterator[Board]:
 def desk(board: Board) -> Iterator[Desk]:
     desk = Desk(board)
     desk.begin()
+    assert desk.exchange.given
     yield desk
     desk.close()
 
@@ -219,6 +222,24 @@ def test_an_end_is_left_to_the_transport(desk: Desk, client: bool) -> None:
     assert (desk.requests, desk.replies) == (([OURS], []) if client else ([], [REPLY]))
 
 
+def test_a_request_and_an_end_that_are_there_already(board: Board) -> None:
+    """The thread hears of both at once, when it gets the session, and the event loop in the call in which it gives it."""
+    desk = Desk(board)
+
+    def ask_and_go() -> None:
+        desk.client.sendall(QUERY)
+        desk.client.shutdown(socket.SHUT_WR)
+
+    try:
+        desk.begin(ask_and_go)
+        while not desk.legs[0].events:
+            look(board)
+        assert receive(desk.server, len(QUERY)) == QUERY
+        assert (desk.requests, desk.legs[0].events) == ([], ["recall"])
+    finally:
+        desk.close()
+
+
 def test_it_can_be_taken_in_the_middle_of_a_header(desk: Desk) -> None:
     desk.client.sendall(QUERY)
     assert receive(desk.server, len(QUERY)) == QUERY
@@ -246,26 +267,23 @@ def test_what_was_given_back_is_there_when_it_is_taken(desk: Desk) -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3), 2)))
 def test_several_are_given_back_and_some_are_taken(board: Board, order: tuple[int, int]) -> None:
-    desks = [Desk(board) for _ in range(3)]
+    """Then another one is given back, and the event loop looks at last."""
+    desks = [Desk(board) for _ in range(4)]
+    last = desks[3]
     try:
         for desk in desks:
             desk.begin()
-        for number, desk in enumerate(desks):
+        for number, desk in enumerate(desks[:3]):
             desk.client.sendall(build.query(b"SELECT df.one() -- %d" % number))
             eventually(lambda desk=desk: not desk.exchange.given)
         for number in order:
             desks[number].stop()
             assert desks[number].exchange.leave() == (0, None, IDLE)
             desks[number].exchange.go_on()
+        last.client.sendall(build.query(b"SELECT df.one() -- 3"))
+        eventually(lambda: not last.exchange.given)
         look(board)
-        assert [desk.requests for desk in desks] == [[build.query(b"SELECT df.one() -- %d" % n)] for n in range(3)]
-        # And another one can be given back after that.
-        other = Desk(board)
-        desks.append(other)
-        other.begin()
-        other.client.sendall(OURS)
-        look(board)
-        assert other.requests == [OURS]
+        assert [desk.requests for desk in desks] == [[build.query(b"SELECT df.one() -- %d" % n)] for n in range(4)]
     finally:
         for desk in desks:
             desk.close()
