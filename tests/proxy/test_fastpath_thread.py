@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from proxy.fastpath import COMPILED
@@ -220,6 +221,29 @@ def test_an_end_is_left_to_the_transport(desk: Desk, client: bool) -> None:
         look(desk.board)
     assert leg.events == ["recall"]
     assert (desk.requests, desk.replies) == (([OURS], []) if client else ([], [REPLY]))
+
+
+def test_what_comes_while_it_is_given_is_the_threads(board: Board) -> None:
+    """The event loop has heard of it in the same call; it must not read what belongs to somebody else by now."""
+    desk = Desk(board)
+    try:
+        desk.begin(lambda: desk.client.sendall(OURS))
+        assert desk.requests == []
+        look(board)
+        assert (desk.requests, desk.exchange.given) == ([OURS], False)
+    finally:
+        desk.close()
+
+
+def test_its_end(board: Board) -> None:
+    """Nothing is left of a board that is closed."""
+    before = psutil.Process().num_fds(), threading.active_count()
+    for _ in range(3):
+        other = _fastpath.Board(1)
+        assert threading.active_count() == before[1] + 1
+        other.close()
+        del other
+    assert (psutil.Process().num_fds(), threading.active_count()) == before
 
 
 def test_a_request_and_an_end_that_are_there_already(board: Board) -> None:
