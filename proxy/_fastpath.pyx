@@ -258,7 +258,7 @@ cdef class Exchange:
     what was remembered of the statement. `statements` and `portals` are what the session remembers, by name: a batch
     about one of them alone goes straight on, too, and `on_bound` gets what the unnamed portal is from then on.
 
-    The thread has it only while there is nothing to say or to remember.
+    The thread has it only while `on_done` need not be told, which includes that nothing is remembered.
     """
 
     cdef readonly End client, server
@@ -365,8 +365,8 @@ cdef class Exchange:
     cdef give_away(self):
         """Has the thread serve it from now on, if all that was written has gone."""
         cdef End end
-        if (self.told or len(self.statements) or len(self.portals) or not self.client.reading
-                or not self.server.reading or self.client.pending() or self.server.pending()):
+        if (self.told or not self.client.reading or not self.server.reading or self.client.pending()
+                or self.server.pending()):
             return
         for end in (self.client, self.server):
             self.board.watch(end.fd, False)

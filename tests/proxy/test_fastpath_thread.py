@@ -193,7 +193,7 @@ def test_what_the_server_has_no_room_for_is_left_to_its_transport(desk: Desk) ->
 
 def test_what_the_client_has_no_room_for_is_left_to_its_transport(desk: Desk) -> None:
     """The rest of the reply follows it there, and the thread does not get the session while any of it is waiting."""
-    reply = build.message(ord("D"), b"y" * 200_000) + REPLY
+    reply = build.message(ord("D"), b"y" * 600_000) + REPLY  # more than the thread reads at once
     desk.client.sendall(QUERY)
     assert receive(desk.server, len(QUERY)) == QUERY
     sending = threading.Thread(target=desk.server.sendall, args=(reply,))
