@@ -401,7 +401,9 @@ def test_the_thread_has_what_is_plain_for_a_while(calls: list[bytes], database18
         assert proxied18.call(lambda: [s._status for s in proxied18.server._sessions]) == [ord("E")]
         assert given(proxied18) == [False]
         c.execute("ROLLBACK")
-        plain(c, fastpath.CALM)
+        plain(c, fastpath.CALM - 2)
+        assert given(proxied18) == [False]
+        plain(c, 1)
         eventually(lambda: given(proxied18) == [True])
         assert c.execute("SELECT df.one()").fetchone() == (1,)
         plain(c, 20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import select
 import socket
 import threading
@@ -228,8 +229,9 @@ def test_what_comes_while_it_is_given_is_the_threads(board: Board) -> None:
     desk = Desk(board)
     try:
         desk.begin(lambda: desk.client.sendall(OURS))
-        assert desk.requests == []
-        look(board)
+        assert not (desk.requests and desk.exchange.given)
+        while not desk.requests:
+            look(board)
         assert (desk.requests, desk.exchange.given) == ([OURS], False)
     finally:
         desk.close()
@@ -262,6 +264,17 @@ def test_a_request_and_an_end_that_are_there_already(board: Board) -> None:
         assert (desk.requests, desk.legs[0].events) == ([], ["recall"])
     finally:
         desk.close()
+
+
+def test_both_connections_end_when_one_fails(desk: Desk) -> None:
+    """Here: because its descriptor, on which the thread waits, is no socket any more."""
+    kept, (end, other) = os.dup(desk.near.fileno()), os.pipe()
+    os.dup2(end, desk.near.fileno())
+    desk.client.sendall(QUERY)
+    look(desk.board)
+    assert [leg.events for leg in desk.legs] == [["abort"], ["abort"]]
+    for fd in (kept, end, other):
+        os.close(fd)
 
 
 def test_it_can_be_taken_in_the_middle_of_a_header(desk: Desk) -> None:
