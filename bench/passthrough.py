@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from bench.measure import interleaved, median, middle_ratio
-from bench.stage import NO_PGBOUNCER, Program, Stage, Steady
+from bench.measure import median, middle_ratio
+from bench.slices import in_slices
+from bench.stage import NO_PGBOUNCER, Program, Stage
 from bench.table import Reach, Row
 
 MODES = ("simple", "extended", "prepared")
 CLIENTS = (1, 8, 32)
-#: Seconds until most is warm, and those that are measured. PgBouncer keeps its server sessions from run to run; those
-#: of the others are new each time.
-WARM, SECONDS = 1, 1
-REPEATS = 3
+#: Slices of each program in a cell.
+ROUNDS = 16
 #: What dfproxy is without its compiled code, and the cell in which that is measured.
 PYTHON, BY_PYTHON = "dfproxy without compiled code", ("prepared", 8)
 
@@ -36,29 +35,23 @@ def run(stage: Stage) -> Iterator[Row]:
 
 
 def _cell(stage: Stage, programs: list[Program], mode: str, clients: int) -> Iterator[Row]:
-    def one(program: Program) -> Steady:
-        return stage.steady(program, "-S", "-M", mode, clients=clients, warm=WARM, seconds=SECONDS)
-
-    taken = interleaved(REPEATS, [lambda p=p: one(p) for p in programs])  # type: ignore[misc]
-    found = {p.name: runs for p, runs in zip(programs, taken, strict=True)} | {"direct": [one(stage.direct)]}
-    tps = {name: median([r.tps for r in runs]) for name, runs in found.items()}
-    cpu = {name: median([r.cpu for r in runs]) for name, runs in found.items() if name != "direct"}
+    found = in_slices(stage, [*programs, stage.direct], "-S", "-M", mode, clients=clients, rounds=ROUNDS)
+    tps = {name: median(share.tps) for name, share in found.items()}
+    cpu = {name: share.cpu for name, share in found.items() if name != "direct"}
     where = f"{mode}, {clients} client{'s' if clients > 1 else ''}"
     details = {"tps": tps, "cpu": cpu}
     bouncer = found.get("PgBouncer")
     note = "" if bouncer else NO_PGBOUNCER
     for name, what, reach in (("dfproxy", "", 0.9), ("dfproxy of two processes", ", 2 processes", 1.0)):
         # The ratio is that of neighbours; the yardstick shown is scaled to it.
-        ratio = middle_ratio([r.tps for r in found[name]], [r.tps for r in bouncer]) if bouncer else None
+        ratio = middle_ratio(found[name].tps, bouncer.tps) if bouncer else None
         yield Row(f"-S {where}{what}", "tps", tps[name], "PgBouncer", tps[name] / ratio if ratio else None,
                   Reach(reach), note, details if not what else {})
-    # Read in hundredths of a second, hence the mean of all runs.
-    outside = {name: sum(r.outside for r in runs) / len(runs) for name, runs in found.items()}
     yield Row(f"-S {where}", "us CPU", cpu["dfproxy"], "echo relay", cpu["echo relay"], Reach(1.3, most=True),
               (f"PgBouncer {cpu['PgBouncer']:.1f} us CPU; " if bouncer else "")
               + f"echo relay {tps['echo relay']:,.0f} tps, direct {tps['direct']:,.0f}; outside of the kernel: "
-              + ", ".join(f"{name} {outside[name]:.1f} us" for name in ("dfproxy", "echo relay", "PgBouncer")
-                          if name in outside))
+              + ", ".join(f"{name} {found[name].outside:.1f} us" for name in ("dfproxy", "echo relay", "PgBouncer")
+                          if name in found))
     if PYTHON in cpu:
         yield Row(f"-S {where}, without compiled code", "us CPU", cpu[PYTHON], "dfproxy", cpu["dfproxy"], None,
                   f"{tps[PYTHON]:,.0f} tps")

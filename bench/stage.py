@@ -122,37 +122,6 @@ class Stage:
         return Run(_said(r"tps = ([\d.]+)", out), round(_said(r"actually processed: (\d+)", out)), cpu,
                    _said(r"latency average = ([\d.]+) ms", out))
 
-    def steady(self, program: Program, *arguments: str, clients: int, warm: int, seconds: int) -> Steady:
-        """pgbench for `warm` seconds, which don't count, and then for `seconds`.
-
-        A server process of which nothing is in its caches yet, nor the shared memory in its page table, is up to a
-        fifth slower for its first thousands of transactions. Raises subprocess.CalledProcessError.
-        """
-        process = subprocess.Popen(
-            [str(self.cluster.bin_dir / "pgbench"), "-n", "-c", str(clients), "-j", str(min(clients, 2)),
-             "-T", str(warm + seconds), "-P", "1", *arguments, program.uri],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        early, since, said = 0.0, 0.0, ""
-        for line in process.stderr:
-            said += line
-            if progress := re.match(r"progress: ([\d.]+) s, ([\d.]+) tps", line):
-                now = float(progress[1])
-                early += float(progress[2]) * (now - since)
-                since = now
-                if now > warm - 0.5:
-                    break
-        before = time.monotonic(), program.cpu(), program.outside()
-        time.sleep(seconds - 0.2)  # the clients are still there, and what it costs to let them go is not counted
-        after = time.monotonic(), program.cpu(), program.outside()
-        out, rest = process.communicate()
-        if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, process.args, out, said + rest)
-        whole = _said(r"actually processed: (\d+)", out)
-        tps = (whole - early) / (whole / _said(r"tps = ([\d.]+)", out) - since)
-        took, cpu, outside = (b - a for a, b in zip(before, after, strict=True))
-        return Steady(tps, cpu / took / tps * 1e6, outside / took / tps * 1e6)
-
     def checkpoint(self) -> None:
         """Has what was written so far written out now, not while something else is measured."""
         with self.admin() as c:
@@ -235,16 +204,6 @@ class Stage:
             path.chmod(0o644)
         with self.program(name, [PGBOUNCER, *user, str(config)], port=port) as program:
             yield program
-
-
-@dataclass(frozen=True)
-class Steady:
-    """Transactions a second; microseconds of CPU time in the program in between for each, in all and outside of the
-    kernel."""
-
-    tps: float
-    cpu: float
-    outside: float
 
 
 @dataclass(frozen=True)
