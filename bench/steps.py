@@ -1,7 +1,8 @@
 """Step throughput, commits and round trips for a step; one worker process, and two.
 
 2,000 workflows of three UPDATE steps, 32 at a time, against pgbench with 32 clients running the transaction that one
-step is. The worker and the server are separate processes, and both are counted.
+step is: as text that the server parses and plans each time, which is what it does with a step's, and prepared, which is
+as fast as it goes. The worker and the server are separate processes, and both are counted.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from bench.table import Reach, Row
 from bench.turns import Counter
 
 WORKFLOWS, AT_A_TIME, REPEATS = 2000, 32, 5
+#: The ways in which pgbench sends its transactions.
+MODES = ("simple", "prepared")
 #: By each client of the yardstick.
 TRANSACTIONS = 500
 #: So many of each session are not counted on either side: at first it has nothing in its caches. (A worker's sessions
@@ -33,13 +36,13 @@ def run(stage: Stage) -> Iterator[Row]:
     script = flows.step_script(stage)
     yardstick = replace(stage.direct, user=flows.LOGIN)
 
-    def transactions(each: int) -> Run:
+    def transactions(mode: str, each: int) -> Run:
         server = stage.server_cpu()
-        run = stage.pgbench(yardstick, "-M", "prepared", "-f", script, clients=AT_A_TIME, transactions=each)
+        run = stage.pgbench(yardstick, "-M", mode, "-f", script, clients=AT_A_TIME, transactions=each)
         return replace(run, cpu=stage.server_cpu() - server)
 
-    def pgbench() -> tuple[float, float]:
-        beginning, whole = transactions(BEGINNING), transactions(TRANSACTIONS)
+    def pgbench(mode: str) -> tuple[float, float]:
+        beginning, whole = transactions(mode, BEGINNING), transactions(mode, TRANSACTIONS)
         return whole.rate_beyond(beginning), whole.beyond(beginning)
 
     def ours(workers: int) -> tuple[float, float, float]:
@@ -56,16 +59,18 @@ def run(stage: Stage) -> Iterator[Row]:
             look()
             return rate, (spent[2] - spent[0]) / WORKFLOWS / 3 * 1e6, (spent[3] - spent[1]) / WORKFLOWS / 3 * 1e6
 
-    one, two, bench = interleaved(REPEATS, [lambda: ours(1), lambda: ours(2), pgbench])
-    tps = [r[0] for r in bench]
-    for name, runs, reach in (("one worker process", one, Reach(0.5)), ("two worker processes", two, Reach(0.5))):
+    simple, one, prepared, two = interleaved(REPEATS, [
+        lambda: pgbench("simple"), lambda: ours(1), lambda: pgbench("prepared"), lambda: ours(2)])
+    for name, runs in (("one worker process", one), ("two worker processes", two)):
         rates = [r[0] for r in runs]
-        ratio = middle_ratio(rates, tps)
         worker, server = (median([r[i] for r in runs]) for i in (1, 2))
-        yield Row(f"steps, {name}", "1/s", median(rates), "pgbench, prepared", median(rates) / ratio, reach,
-                  f"CPU a step: worker {worker:.0f} us, PostgreSQL {server:.0f} us; a transaction of pgbench's costs it"
-                  f" {median([r[1] for r in bench]):.0f} us",
-                  {"ours": runs, "pgbench": tps})
+        note = f"CPU a step: worker {worker:.0f} us, PostgreSQL {server:.0f} us"
+        for mode, bench in zip(MODES, (simple, prepared), strict=True):
+            tps = [r[0] for r in bench]
+            yield Row(f"steps, {name}", "1/s", median(rates), f"pgbench, {mode}",
+                      median(rates) / middle_ratio(rates, tps), Reach(0.5),
+                      f"{note}; a transaction of pgbench's costs it {median([r[1] for r in bench]):.0f} us",
+                      {"ours": runs, "pgbench": tps})
     yield from _counted(stage)
 
 
