@@ -43,6 +43,11 @@ SELECT EXISTS (SELECT FROM duroxide.instances WHERE created_at >= {since} AND st
 def prepare(stage: Stage, database: str = DATABASE) -> None:
     """Makes the tables of a database in which dfproxy has installed its schemas."""
     stage.grant(database)
+    prepare_plain(stage, database)
+
+
+def prepare_plain(stage: Stage, database: str) -> None:
+    """Makes the tables of any database."""
     with stage.admin(database) as c:
         if c.execute("SELECT to_regrole(%s)", (LOGIN,)).fetchone() == (None,):
             c.execute(f"CREATE ROLE {LOGIN} LOGIN PASSWORD '{PASSWORD}' IN ROLE {APP}")
@@ -56,6 +61,12 @@ def step_script(stage: Stage) -> str:
     path = stage.folder / "step.sql"
     path.write_text(STEP)
     return str(path)
+
+
+def effects(stage: Stage, database: str) -> int:
+    """How many steps have taken effect, or transactions that are like one."""
+    with stage.admin(database) as c:
+        return int(str((c.execute("SELECT sum(n) FROM hits").fetchone() or (0,))[0]))
 
 
 def rate(stage: Stage, count: int, database: str = DATABASE, began: Callable[[], None] = lambda: None) -> float:

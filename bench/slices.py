@@ -1,18 +1,19 @@
 """Several programs measured at the same time, a quarter of a second each in turn: what slows the machine down hits all.
 
-Each has a pgbench of its own, whose sessions stay open. All but one are stopped (SIGSTOP) at any time. What counts are
-the transactions that their logs have within each slice.
+All but one are stopped (SIGSTOP) at any time. For pass-through each program in between has a pgbench of its own, whose
+sessions stay open; what counts are the transactions that their logs have within each slice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,35 @@ SLICE = 0.25
 WARM = 2
 #: Seconds that signals, and looking at clocks, may take in each slice.
 _SLACK = 0.02
+
+
+def in_turn(count: int, rounds: int) -> Iterator[int]:
+    """Whose slice it is: each once in a round, and each first, second ... as often as the others."""
+    for number in range(rounds):
+        for offset in range(count):
+            yield (number + offset) % count
+
+
+def stop(processes: Iterable[int]) -> None:
+    """By process id."""
+    for pid in processes:
+        os.kill(pid, signal.SIGSTOP)
+
+
+def go(processes: Iterable[int]) -> None:
+    """After `stop`."""
+    for pid in processes:
+        os.kill(pid, signal.SIGCONT)
+
+
+def one_slice(processes: Sequence[int], seconds: float = SLICE) -> tuple[float, float]:
+    """Lets stopped processes go on for a slice, and returns when it began and ended (seconds since 1970)."""
+    go(processes)
+    start = time.time()
+    time.sleep(seconds)
+    end = time.time()
+    stop(processes)
+    return start, end
 
 
 @dataclass
@@ -48,23 +78,15 @@ def in_slices(stage: Stage, programs: Sequence[Program], *arguments: str, client
                    for p in programs]
         for bench in benches:
             bench.begun()
-        for bench in benches:
-            bench.process.send_signal(signal.SIGSTOP)
+        pids = [bench.process.pid for bench in benches]
+        stop(pids)
         outside = [p.outside() for p in programs]
-        for number in range(rounds):
-            for offset in range(len(programs)):
-                i = (number + offset) % len(programs)  # everybody is first, second ... as often as the others
-                before = programs[i].cpu()
-                benches[i].process.send_signal(signal.SIGCONT)
-                start = time.time()
-                time.sleep(SLICE)
-                end = time.time()
-                benches[i].process.send_signal(signal.SIGSTOP)
-                spans[i].append((start, end))
-                cpu[i] += programs[i].cpu() - before
+        for i in in_turn(len(programs), rounds):
+            before = programs[i].cpu()
+            spans[i].append(one_slice(pids[i : i + 1]))
+            cpu[i] += programs[i].cpu() - before
         outside = [p.outside() - o for p, o in zip(programs, outside, strict=True)]
-        for bench in benches:
-            bench.process.send_signal(signal.SIGCONT)
+        go(pids)
         moments = [bench.ended() for bench in benches]
     shares = {}
     for i, program in enumerate(programs):
