@@ -1,4 +1,4 @@
-"""Several programs measured at the same time, a quarter of a second each in turn: what slows the machine down hits all.
+"""Several programs measured at the same time, a slice of a second each in turn: what slows the machine down hits all.
 
 All but one are stopped (SIGSTOP) at any time. For pass-through each program in between has a pgbench of its own, whose
 sessions stay open; what counts are the transactions that their logs have within each slice.
@@ -19,13 +19,11 @@ from pathlib import Path
 
 from bench.stage import Program, Stage
 
-#: Seconds of a slice.
-SLICE = 0.25
 #: Seconds for all of them together before the first slice. A server process of which nothing is in its caches yet, nor
 #: the shared memory in its page table, is up to a fifth slower for its first thousands of transactions.
 WARM = 2
 #: Seconds that signals, and looking at clocks, may take in each slice.
-_SLACK = 0.02
+_SLACK = 0.01
 
 
 def in_turn(count: int, rounds: int) -> Iterator[int]:
@@ -47,7 +45,7 @@ def go(processes: Iterable[int]) -> None:
         os.kill(pid, signal.SIGCONT)
 
 
-def one_slice(processes: Sequence[int], seconds: float = SLICE) -> tuple[float, float]:
+def one_slice(processes: Sequence[int], seconds: float) -> tuple[float, float]:
     """Lets stopped processes go on for a slice, and returns when it began and ended (seconds since 1970)."""
     go(processes)
     start = time.time()
@@ -68,9 +66,12 @@ class Share:
 
 
 def in_slices(stage: Stage, programs: Sequence[Program], *arguments: str, clients: int,
-              rounds: int) -> dict[str, Share]:
-    """Runs pgbench through each program for so many slices. Raises subprocess.CalledProcessError."""
-    whole = WARM + rounds * len(programs) * (SLICE + _SLACK) + 1
+              rounds: int, seconds: float) -> dict[str, Share]:
+    """Runs pgbench through each program for so many slices of so many seconds.
+
+    Raises subprocess.CalledProcessError.
+    """
+    whole = WARM + rounds * len(programs) * (seconds + _SLACK) + 1
     spans: list[list[tuple[float, float]]] = [[] for _ in programs]
     cpu = [0.0] * len(programs)
     with contextlib.ExitStack() as stack:
@@ -83,7 +84,7 @@ def in_slices(stage: Stage, programs: Sequence[Program], *arguments: str, client
         outside = [p.outside() for p in programs]
         for i in in_turn(len(programs), rounds):
             before = programs[i].cpu()
-            spans[i].append(one_slice(pids[i : i + 1]))
+            spans[i].append(one_slice(pids[i : i + 1], seconds))
             cpu[i] += programs[i].cpu() - before
         outside = [p.outside() - o for p, o in zip(programs, outside, strict=True)]
         go(pids)
