@@ -227,6 +227,9 @@ class Worker:
                 if beat:
                     self._alive(found.alive, sent, shared.runner)
                 claims = self._enter(found.claims, shared)
+                if claims:
+                    # Before anything else may fail: what is booked and never begun would be held for good.
+                    group.create_task(self._begin(claims, shared, group))
                 for entry in found.inbox:
                     if (instance := self._held.get(entry.instance_id)) is not None:
                         instance.put(entry)
@@ -246,8 +249,6 @@ class Worker:
                 continue
             self.statistics.polls += 1
             self.statistics.claimed += len(claims)
-            if claims:
-                group.create_task(self._begin(claims, shared, group))
             self._rotate(found.overdue and not self._stopping)
             if claims or found.inbox:
                 pause = settings.poll_busy

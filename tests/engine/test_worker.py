@@ -10,6 +10,7 @@ import pytest
 
 from engine import instance as engine_instance
 from engine.interpreter import Interpreter
+from engine.store import Poll, Store
 from engine.worker import Worker
 from tests.engine.fix_graphs import if_, join, loop, race, seq, signal, sleep, sql
 from tests.engine.helpers import Client, ended, install, running_worker, settings, until
@@ -287,6 +288,34 @@ async def test_poison_instances_are_given_up(database18: Database) -> None:
             await until(lambda: worker.statistics.claimed == 2 and worker.held == 0)
         # It got further this time: what went wrong before does not count any more.
         assert c.one("SELECT crashes FROM duroxide.queue WHERE instance_id = %s", almost) == 0
+
+
+async def test_what_was_claimed_runs_though_the_poll_s_other_question_fails(database18: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection is lost between a claim and the audit that happens to follow it."""
+    await install(database18)
+    poll, owned = Store.poll, Store.owned
+    lost: list[str] = []
+
+    async def failing_poll(self: Store, limit: int, *, beat: bool) -> Poll:
+        if not lost:
+            lost.append("poll")  # after which an audit is due
+            raise ConnectionResetError
+        return await poll(self, limit, beat=beat)
+
+    async def failing_owned(self: Store) -> list[str]:
+        if lost == ["poll"]:
+            lost.append("audit")
+            raise ConnectionResetError
+        return await owned(self)
+
+    monkeypatch.setattr(Store, "poll", failing_poll)
+    monkeypatch.setattr(Store, "owned", failing_owned)
+    with Client(database18) as c:
+        instance = c.start(sql("SELECT 1 AS n"))
+        async with running_worker(database18) as worker:
+            assert (await ended(c, instance))[0][0] == "completed"
+            assert lost == ["poll", "audit"]
+            await until(lambda: worker.held == 0)
 
 
 async def test_a_worker_that_was_given_up_starts_anew(database18: Database) -> None:
