@@ -33,7 +33,8 @@ else:
 
 #: Whether there is compiled code.
 COMPILED: Final = _built
-#: Plain requests after each other, after which the thread serves a session. To go back and forth costs some 10 us.
+#: Plain requests after each other, after which the thread serves a session. To go there and back costs a few system
+#: calls and a wake-up.
 CALM = 4
 
 
