@@ -14,7 +14,7 @@ import subprocess
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench.stage import Program, Stage
@@ -55,14 +55,14 @@ def one_slice(processes: Sequence[int], seconds: float) -> tuple[float, float]:
     return start, end
 
 
-@dataclass
+@dataclass(frozen=True)
 class Share:
     """What one program did: transactions a second by slice, and microseconds of CPU time for each transaction, in the
     program in between, in all and outside of the kernel."""
 
-    tps: list[float] = field(default_factory=list)
-    cpu: float = 0.0
-    outside: float = 0.0
+    tps: list[float]
+    cpu: float
+    outside: float
 
 
 def in_slices(stage: Stage, programs: Sequence[Program], *arguments: str, clients: int,

@@ -23,8 +23,8 @@ from bench.turns import Counter
 AT_A_TIME = 32
 #: The ways in which pgbench sends its transactions.
 MODES = ("simple", "prepared")
-#: In a turn a worker runs so many workflows, and pgbench for so many seconds. Neither stops between its turns: a
-#: worker's and pgbench's sessions stay open.
+#: In a turn a worker runs so many workflows, and pgbench for so many seconds. The sessions of both stay open between
+#: their turns, in which workers have nothing to do, and pgbench is stopped.
 WORKFLOWS, SECONDS, TURNS = 1000, 0.5, 14
 #: So many of each session are not counted on either side: at first it has nothing in its caches. (A worker's sessions
 #: have run so many on average: it does not use all of them equally often.)
@@ -103,6 +103,7 @@ def _pgbench(stage: Stage, stack: contextlib.ExitStack, mode: str) -> Callable[[
             raise RuntimeError(f"pgbench -M {mode} came to {done} transactions")
         time.sleep(0.1)
     stop([process.pid])
+    done = flows.effects(stage, database)
 
     def turn() -> Turn:
         nonlocal done
@@ -112,7 +113,6 @@ def _pgbench(stage: Stage, stack: contextlib.ExitStack, mode: str) -> Callable[[
         before, done = done, flows.effects(stage, database)  # what was under way in the last turn counts for this one
         return Turn((done - before) / (end - start), 0.0, server / (done - before) * 1e6)
 
-    done = flows.effects(stage, database)
     return turn
 
 
