@@ -139,7 +139,7 @@ cdef class Board:
                 # One that is not lent any more may be among them, or has just been given to the thread; where its
                 # number was lent again, there is nothing to read yet.
                 end = self._ends.get(events[i].data.fd)
-                if end is None or not end.reading or end.exchange.link.owner != LOOP:
+                if end is None or not end.reading or end.exchange.away:
                     continue
                 try:
                     end.readable()
@@ -267,6 +267,7 @@ cdef class Exchange:
     cdef dict statements, portals
     cdef object on_request, on_reply, on_bound, on_done
     cdef object statement  # of the request that is on its way; None: nothing was remembered of it
+    cdef bint away  # given to the thread, and not taken back: the event loop's own note, which needs no lock
     cdef bint told
     cdef int calm  # plain replies after each other
     cdef Link link
@@ -309,8 +310,11 @@ cdef class Exchange:
 
     @property
     def given(self):
-        """Whether the thread has it."""
-        return self.link.owner == THREAD
+        """Whether the thread has it, and has not returned it either."""
+        self.board.lock()
+        cdef bint given = self.link.owner == THREAD
+        self.board.unlock()
+        return given
 
     @property
     def remaining(self):
@@ -343,7 +347,7 @@ cdef class Exchange:
 
     cdef take_back(self):
         """Has the event loop serve it from now on."""
-        if self.link.owner == LOOP:
+        if not self.away:
             return
         self.board.lock()
         take(&self.board.relayer, &self.link)
@@ -354,6 +358,7 @@ cdef class Exchange:
         """The thread does not have it any more; what it had no room for is written before anything else."""
         cdef End end
         cdef Left left = self.link.left
+        self.away = False
         for end in (self.client, self.server):
             if end.reading:
                 self.board.watch(end.fd, True)
@@ -371,9 +376,9 @@ cdef class Exchange:
         for end in (self.client, self.server):
             self.board.watch(end.fd, False)
         self.board.lock()
-        cdef bint given = give(&self.board.relayer, &self.link)
+        self.away = give(&self.board.relayer, &self.link)
         self.board.unlock()
-        if not given:
+        if not self.away:
             self.calm = 0
             self.returned()
 

@@ -2,8 +2,8 @@
 """The thread that relays what is plain, without the interpreter (proxy/_fastpath.pyx, which it belongs to).
 
 A `Link` is a session's two connections. It belongs either to the event loop or to the thread, and only its owner
-touches it; who owns it is changed under the `Relayer`'s lock, which the thread holds while it serves one connection, and
-the loop while it gives or takes. What the thread comes upon that it can't relay it returns, together with the link.
+touches it; who owns it is read and changed under the `Relayer`'s lock, which the thread holds while it serves one
+connection, and the loop while it gives or takes. What the thread comes upon that it can't relay it returns, together with the link.
 
 The set is edge-triggered: what was read until less came than there was room for has nothing more to read, and epoll
 need not look at it again before it sleeps.
