@@ -3,7 +3,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv run demo test lint bench chaos clean
+.PHONY: venv run demo test lint bench chaos sanitize clean
 
 venv: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ bench: venv
 SECONDS ?= 20
 chaos: venv
 	$(BIN)/python -m tests.chaos --seconds $(SECONDS)
+
+# The compiled part, looked through by gcc's sanitizers while its tests run: two minutes.
+sanitize: venv
+	tests/sanitize.sh
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
