@@ -171,6 +171,36 @@ async def test_a_claim_brings_what_is_new_and_small(database18: Database) -> Non
             assert {status for status, _ in await ended(c, plain, large, *many)} == {"completed", "failed"}
 
 
+async def test_a_claim_takes_what_it_may(database18: Database) -> None:
+    """As many as there is room for, the first due first, signals or not; nothing that somebody has locked."""
+    await install(database18)
+    with Client(database18) as c, Client(database18) as other:
+        first, locked, *rest = [c.start(signal("go")) for _ in range(6)]
+        for place, instance in enumerate((first, locked, *rest)):
+            c.execute("UPDATE duroxide.queue SET wake_at = now() - %s * interval '1 s' WHERE instance_id = %s", 9 - place,
+                      instance)
+        c.execute("INSERT INTO duroxide.signals (instance_id, name) VALUES (%s, 'go')", rest[3])
+        other.execute("BEGIN")
+        other.execute("SELECT FROM duroxide.queue WHERE instance_id = %s FOR UPDATE", locked)
+        async with opened(database18) as store:
+            async def claims(limit: int) -> set[str]:
+                async with asyncio.timeout(20):
+                    return {claim.instance_id for claim in (await store.poll(limit)).claims}
+
+            assert await claims(0) == set()
+            assert await claims(2) == {rest[3], first}
+            assert c.one("SELECT seen FROM duroxide.signals") is True
+            assert await claims(2) == {rest[0], rest[1]}
+            assert await claims(10) == {rest[2]}
+            other.execute("ROLLBACK")
+            assert await claims(10) == {locked}
+            [began] = c.rows("SELECT started_at, claims FROM duroxide.queue WHERE instance_id = %s", first)
+            await store.release([first])
+            assert await claims(10) == {first}
+            assert c.rows("SELECT started_at, claims FROM duroxide.queue WHERE instance_id = %s", first) == [
+                (began[0], began[1] + 1)]
+
+
 async def test_a_new_fence_shuts_the_old_token_out(database18: Database) -> None:
     await install(database18)
     with Client(database18) as c:
