@@ -1,4 +1,4 @@
--- One claim and what goes with it, in half the time.
+-- A claim and what goes with it, for half of the CPU time.
 
 -- As in 0011, with what claim does in place, so that one statement both claims and reads. A plan for any array looks dearer
 -- than one for the array at hand, which has one element mostly, so that each claim was planned anew: hence plan_cache_mode.
