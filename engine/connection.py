@@ -118,6 +118,9 @@ _STEP_DONE = build.parse("", STEP_DONE, STEP_DONE_TYPES)
 _RUN = build.bind("", "") + build.describe_portal("") + build.execute("")
 _EXECUTE = build.execute("")
 
+#: Seconds between two requests to cancel the same statement.
+AGAIN = 0.2
+
 _IN_TRANSACTION = int(TransactionStatus.IN_TRANSACTION)
 _IDLE = int(TransactionStatus.IDLE)
 
@@ -389,6 +392,7 @@ class StepConnection(asyncio.Protocol):
     async def cancel(self, timeout: float = 2.0) -> None:
         """Asks the server to cancel what runs, and waits until it ended or `timeout` is over; never raises for I/O.
 
+        It asks again and again: a request that arrives while the server reads the next message of a pipeline is lost.
         The session can't be used afterwards (a cancel request may hit late): `abort` it.
         """
         try:
@@ -396,10 +400,13 @@ class StepConnection(asyncio.Protocol):
                 if self.is_behind and self._predecessor is not None and self._predecessor.future is not None:
                     # The request would hit the other workflow's commit.
                     await asyncio.wait([self._predecessor.future])
-                await self._request_cancel()
-                if not self.closed:
-                    # Answered once the statement has ended, however it did.
-                    await self._wait(self._send([_SYNC]))
+                # Answered once the statement has ended, however it did.
+                ended = self._send([_SYNC]).future
+                assert ended is not None
+                while not ended.done():
+                    await self._request_cancel()
+                    await asyncio.wait([ended], timeout=AGAIN)
+                await ended
         except (OSError, TimeoutError, ConnectionLostError):
             return
 

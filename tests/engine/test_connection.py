@@ -270,6 +270,20 @@ async def test_cancel_and_abort(database18: Database) -> None:
             await s.cancel()
 
 
+async def test_a_request_to_cancel_that_is_lost_is_repeated(database18: Database) -> None:
+    """Here: because the statement has taken it for its own."""
+    stubborn = "DO $$ BEGIN PERFORM pg_sleep(1001); EXCEPTION WHEN query_canceled THEN PERFORM pg_sleep(1002); END $$"
+    async with session(database18.dsn()) as s:
+        task = asyncio.create_task(s.begin_and_run(None, stubborn))
+        with psycopg.connect(database18.dsn(), autocommit=True) as c:
+            active = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'DO %(1001)%' AND wait_event = 'PgSleep'"
+            await until(lambda: c.execute(active).fetchone() == (1,))
+        await s.cancel(timeout=30)
+        assert task.done()
+        with pytest.raises(ServerError, match="canceling statement"):
+            await task
+
+
 async def test_the_server_ends_the_session(database18: Database) -> None:
     async with session(database18.dsn()) as s:
         task = asyncio.create_task(s.begin_and_run(None, "SELECT pg_sleep(1000)"))
