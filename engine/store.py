@@ -79,7 +79,7 @@ class InboxEntry(Struct, frozen=True):
 
 class Poll(Struct, frozen=True):
     """What one poll found. `next_due`: when the next parked instance is due, database time. `overdue`: some are due
-    that were not claimed, since the limit was 0.
+    that were not claimed, since the limit was 0. `looked`: it has read the inbox, and what is due next.
     """
 
     claims: list[Claim]
@@ -87,6 +87,7 @@ class Poll(Struct, frozen=True):
     next_due: datetime | None
     overdue: bool = False
     alive: bool = True  #: as `Store.heartbeat` gives it, where the poll was one as well
+    looked: bool = True
 
 
 class LoadedInstance(Struct, frozen=True):
@@ -110,15 +111,18 @@ _SOON = "set_config('lock_timeout', '1000', true)"
 
 _CLAIM = """(SELECT jsonb_agg(jsonb_build_array(c.instance_id, c.token, c.fresh, c.crashes, NULL))
           FROM duroxide.claim($1::text::uuid, $2) c)"""
+#: $5: where something is claimed, the inbox and what is due next are left for the poll after this one.
 POLL = f"""
 SELECT {_SOON},
        CASE WHEN $4::bool THEN duroxide.heartbeat($1::text::uuid) END,
-       duroxide.take($1::text::uuid, $2)::text,
-       (SELECT jsonb_agg(jsonb_build_array(s.instance_id, s.seq, s.kind, s.name, s.data) ORDER BY s.seq)
-          FROM duroxide.inbox($1::text::uuid, $3::text::bigint[]) s)::text,
-       extract(epoch FROM duroxide.next_due())::float8,
+       t.taken::text,
+       CASE WHEN t.taken IS NULL OR NOT $5::bool THEN
+           (SELECT jsonb_agg(jsonb_build_array(s.instance_id, s.seq, s.kind, s.name, s.data) ORDER BY s.seq)
+              FROM duroxide.inbox($1::text::uuid, $3::text::bigint[]) s)::text END,
+       CASE WHEN t.taken IS NULL OR NOT $5::bool THEN extract(epoch FROM duroxide.next_due())::float8 END,
        CASE WHEN $2 <= 0 THEN duroxide.overdue() END,
        extract(epoch FROM clock_timestamp())::float8
+  FROM (SELECT duroxide.take($1::text::uuid, $2) AS taken OFFSET 0) AS t
 """
 
 #: Without what 0011 has brought.
@@ -481,23 +485,25 @@ class Store:
         """An inbox entry has been taken in by the instance that holds it; the next poll will say so."""
         self._handled.add(seq)
 
-    async def poll(self, limit: int, *, beat: bool = False) -> Poll:
+    async def poll(self, limit: int, *, beat: bool = False, brief: bool = False) -> Poll:
         """Claims up to `limit` due instances and reads the inbox of those held, in one round trip. `beat`: renews the
-        lease with it.
+        lease with it. `brief`: if it claims anything, it does no more than that.
         """
         c = self._poll = await self._own(self._poll)
         sent = time.monotonic()
         handled = list(self._handled)
         async with self._whole(c):
             poll = POLL if self.has_step_done else POLL_BEFORE
-            row = await c.fetchrow(poll, self.worker_id, limit, "{" + ",".join(map(str, handled)) + "}", beat)
+            row = await c.fetchrow(poll, self.worker_id, limit, "{" + ",".join(map(str, handled)) + "}", beat, brief)
         assert row is not None
-        self._handled.difference_update(handled)
         _, alive, claimed, inbox, next_due, overdue, now = row
         self._contact(sent, now)
+        if looked := not (brief and claimed):
+            self._handled.difference_update(handled)
         claims = [_claim(*item) for item in json.loads(claimed)] if claimed else []
         due = None if next_due is None else datetime.fromtimestamp(min(next_due, 253402300799.0), UTC)
-        return Poll(claims, _inbox(inbox), due, overdue=bool(overdue), alive=alive is not False)
+        return Poll(claims, _inbox(inbox), due, overdue=bool(overdue), alive=alive is not False,
+                    looked=looked)
 
     def _contact(self, sent: float, database: float) -> None:
         self.last_contact = time.monotonic()

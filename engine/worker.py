@@ -211,6 +211,8 @@ class Worker:
         pause = settings.poll_busy
         attempt = 0
         audit_at = time.monotonic() + settings.lease
+        woken = False
+        look_by: float | None = None  # loop time; None: nothing has been put off
         while True:
             self._wake.clear()
             if self._stopping and (not self._held or time.monotonic() >= self._deadline):
@@ -222,14 +224,16 @@ class Worker:
             # While there is nothing else to do a heartbeat costs no query of its own.
             sent = asyncio.get_running_loop().time()
             beat = not self._held and sent > self._renewed + settings.lease / 4
+            # Whoever has woken it waits for the claim; everything else may come a little later, but not ever later.
+            brief = woken and (look_by is None or sent < look_by)
             try:
-                found = await store.poll(limit, beat=beat)
+                found = await store.poll(limit, beat=beat, brief=brief)
                 if beat:
                     self._alive(found.alive, sent, shared.runner)
                 claims = self._enter(found.claims, shared)
                 if claims:
                     # Before anything else may fail: what is booked and never begun would be held for good.
-                    group.create_task(self._begin(claims, shared, group))
+                    self._begin(claims, shared, group)
                 for entry in found.inbox:
                     if (instance := self._held.get(entry.instance_id)) is not None:
                         instance.put(entry)
@@ -249,6 +253,8 @@ class Worker:
                 continue
             self.statistics.polls += 1
             self.statistics.claimed += len(claims)
+            look_by = None if found.looked else look_by or sent + settings.poll_busy
+            woken = False
             self._rotate(found.overdue and not self._stopping)
             if claims or found.inbox:
                 pause = settings.poll_busy
@@ -259,7 +265,7 @@ class Worker:
                 wait = min(wait, max(0.0, (found.next_due - store.clock.now()).total_seconds()))
             if self._stopping:
                 wait = min(wait, max(0.0, self._deadline - time.monotonic()), 0.05)
-            if await self._pause(wait):
+            if woken := await self._pause(wait):
                 pause = settings.poll_busy
             else:
                 pause = min(pause * 2, settings.poll_held if self._held else settings.poll_idle)
@@ -319,18 +325,29 @@ class Worker:
 
     # -- instances ---------------------------------------------------------------------------------------------
 
-    async def _begin(self, claims: Sequence[Claim], shared: Surroundings, group: asyncio.TaskGroup) -> None:
+    def _begin(self, claims: Sequence[Claim], shared: Surroundings, group: asyncio.TaskGroup) -> None:
+        """Starts a task for each claimed instance; those that did not come with the claim are read first."""
+        missing = [c for c in claims if c.loaded is None]
+        if missing:
+            group.create_task(self._read(missing, shared, group))
+        for claim in claims:
+            if claim.loaded is not None:
+                self._start(self._held[claim.instance_id], claim.loaded, shared, group)
+
+    async def _read(self, claims: Sequence[Claim], shared: Surroundings, group: asyncio.TaskGroup) -> None:
         """Reads a batch of claimed instances and starts a task for each."""
         held = {c.instance_id: self._held[c.instance_id] for c in claims if c.instance_id in self._held}
-        loaded = {c.instance_id: c.loaded for c in claims if c.loaded is not None}
-        if missing := [c for c in claims if c.loaded is None]:
-            loaded |= await self._load(missing, shared.store)
+        loaded = await self._load(claims, shared.store)
         for instance_id, instance in held.items():
             row = loaded.get(instance_id)
             if row is None or self._held.get(instance_id) is not instance:
                 self._leave(instance)
                 continue
-            self._instances[instance_id] = group.create_task(self._hold(instance, row, shared.store))
+            self._start(instance, row, shared, group)
+
+    def _start(self, instance: HeldInstance, row: LoadedInstance, shared: Surroundings,
+               group: asyncio.TaskGroup) -> None:
+        self._instances[instance.instance_id] = group.create_task(self._hold(instance, row, shared.store))
 
     async def _load(self, claims: Sequence[Claim], store: Store) -> dict[str, LoadedInstance]:
         attempt = 0

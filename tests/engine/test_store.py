@@ -270,6 +270,30 @@ async def test_inbox_entries_are_told_until_they_are_handled(database18: Databas
             assert [again.instance_id for again in (await store.poll(10)).claims] == [instance]
 
 
+async def test_a_brief_poll_that_claims_does_no_more(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        instance = c.start(signal("go"))
+        async with opened(database18) as store:
+            await store.poll(10)
+            c.execute("INSERT INTO duroxide.signals (instance_id, name, data) VALUES (%s, 'go', '1')", instance)
+            found = await store.poll(10, brief=True)
+            [entry] = found.inbox
+            assert (found.claims, found.looked) == ([], True)
+            store.handled(entry.seq)
+            later, other = c.start(sql("SELECT 1")), c.start(sql("SELECT 1"))
+            c.execute("UPDATE duroxide.queue SET wake_at = '2030-01-01T00:00:00Z' WHERE instance_id = %s", later)
+            found = await store.poll(10, brief=True)
+            assert [claim.instance_id for claim in found.claims] == [other]
+            assert (found.inbox, found.next_due, found.looked) == ([], None, False)
+            assert c.one("SELECT NOT seen FROM duroxide.signals")
+            c.start(sql("SELECT 1"))
+            found = await store.poll(10)
+            assert (len(found.claims), found.inbox, found.looked) == (1, [], True)
+            assert found.next_due == datetime(2030, 1, 1, tzinfo=UTC)
+            assert c.one("SELECT seen FROM duroxide.signals")
+
+
 async def test_a_claim_that_a_lost_worker_still_made_is_freed(database18: Database) -> None:
     """Its claim is under way while another worker takes it for dead."""
     await install(database18)

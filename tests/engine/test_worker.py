@@ -296,11 +296,11 @@ async def test_what_was_claimed_runs_though_the_poll_s_other_question_fails(data
     poll, owned = Store.poll, Store.owned
     lost: list[str] = []
 
-    async def failing_poll(self: Store, limit: int, *, beat: bool) -> Poll:
+    async def failing_poll(self: Store, limit: int, *, beat: bool, brief: bool) -> Poll:
         if not lost:
             lost.append("poll")  # after which an audit is due
             raise ConnectionResetError
-        return await poll(self, limit, beat=beat)
+        return await poll(self, limit, beat=beat, brief=brief)
 
     async def failing_owned(self: Store) -> list[str]:
         if lost == ["poll"]:
@@ -338,6 +338,20 @@ async def test_wake_finds_work_at_once(database18: Database) -> None:
             instance = c.start(sql("SELECT 1 AS n"))
             worker.wake()
             assert (await ended(c, instance))[0][0] == "completed"
+
+
+async def test_starts_that_come_all_the_time_do_not_hold_up_signals(database18: Database) -> None:
+    """Who is woken by a start claims first, and reads the inbox later, but not ever later."""
+    await install(database18)
+    with Client(database18) as c:
+        instance = c.start(race(signal("go"), sql("SELECT pg_sleep(1000)")))  # in memory all the time
+        async with running_worker(database18, poll_idle=3600.0, poll_held=3600.0) as worker, asyncio.timeout(30):
+            await until(lambda: worker.held == 1)
+            await asyncio.sleep(0.1)  # it looks once more after a claim
+            c.execute("INSERT INTO duroxide.signals (instance_id, name, data) VALUES (%s, 'go', '1')", instance)
+            while c.status(instance) != "completed":
+                c.start(sql("SELECT 1"))
+                await asyncio.sleep(0)
 
 
 async def test_a_lock_on_the_inbox_holds_up_nobody_else(database18: Database) -> None:
