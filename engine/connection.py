@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Self, cast
 
 from msgspec import Struct
 
@@ -160,7 +160,7 @@ class StepConnection(asyncio.Protocol):
     @classmethod
     async def connect(cls, target: Target, parameters: Mapping[str, str], *, timeout: float, pooled: bool = False,
                       max_rows: int = 100_000, max_bytes: int = 16 * 2**20,
-                      on_answer: Callable[[], None] = lambda: None) -> StepConnection:
+                      on_answer: Callable[[], None] = lambda: None) -> Self:
         """Connects and logs in, trying each host in turn. `parameters` go into the startup packet, or (`pooled`) into
         each transaction. `on_answer` is called whenever the server has answered something.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -93,10 +93,13 @@ class Surroundings:
 
 
 class HeldInstance:
-    """An instance whose lease this worker holds. `run` it once; `put` tells it what happened elsewhere."""
+    """An instance whose lease this worker holds. `run` it once; `put` tells it what happened elsewhere. `claimed`: done
+    once its claim has committed; before that it does nothing that anybody else can see.
+    """
 
-    def __init__(self, instance_id: str, shared: Surroundings) -> None:
+    def __init__(self, instance_id: str, shared: Surroundings, claimed: asyncio.Future[None]) -> None:
         self.instance_id = instance_id
+        self._claimed = claimed
         self.token = ""
         self._shared = shared
         self._store = shared.store
@@ -386,14 +389,26 @@ class HeldInstance:
             return None
         return self._shared.runner.following(self.instance_id, steps[0], lease)
 
-    async def _guard(self, operation: Awaitable[None]) -> None:
+    async def _guard(self, operation: Coroutine[None, None, None]) -> None:
         """Awaits a write. Raises _ReloadError where nobody knows whether it happened, LeaseLostError."""
+        try:
+            await self._sure()
+        except BaseException:
+            operation.close()
+            raise
         try:
             await operation
         except Exception as e:
             if is_infrastructure(e):
                 raise _ReloadError(_text(e)) from e
             raise
+
+    async def _sure(self) -> None:
+        """Waits until the claim has committed. Raises LeaseLostError if it has not, or nobody knows."""
+        try:
+            await asyncio.shield(self._claimed)
+        except Exception as e:
+            raise LeaseLostError(self.instance_id) from e
 
     async def _give_up(self, error: StepError) -> None:
         """Ends the instance as failed without walking it."""
@@ -447,6 +462,7 @@ class HeldInstance:
         job = Job(self.instance_id, self._loaded.submitted_by, self._loaded.database, step, record_started)
         outcome: Outcome | Exception
         try:
+            await self._sure()
             if step.kind is not NodeType.SQL:
                 outcome = await self._shared.http.run(job)
             else:

@@ -52,14 +52,15 @@ class Exchange:
 
     `resync`: a Sync is needed after CopyFail, since COPY FROM swallows the one sent. `ahead`: how many statements are
     in front of the COMMIT, if it has one and a reset behind it. `next`: what was sent behind it, and is skipped unless
-    it commits.
+    it commits. `told`: done once the statement that was described has ended, if anybody wants to know that so early.
     """
 
     __slots__ = ("ahead", "begun", "columns", "committed", "copy", "described", "error", "future", "next", "resync",
-                 "rows", "shape", "size", "status", "tag", "tags")
+                 "rows", "shape", "size", "status", "tag", "tags", "told")
 
     def __init__(self, future: asyncio.Future[None] | None, *, resync: bool = False, ahead: int = 0) -> None:
         self.future = future
+        self.told: asyncio.Future[None] | None = None
         self.ahead = ahead
         self.committed = False  # the COMMIT of `ahead` has succeeded
         self.next: Exchange | None = None
@@ -208,6 +209,8 @@ class Replies:
                 self._attend(exchange)
             if exchange.described and exchange.tag is None:
                 exchange.tag = tag
+                if exchange.told is not None and not exchange.told.done():
+                    exchange.told.set_result(None)
         elif type_ == _DATA_ROW:
             if exchange.columns is not None and exchange.tag is None:
                 self._receive_row(exchange, payload)

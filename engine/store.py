@@ -1,7 +1,7 @@
 """The state in the database, as one worker sees it: every statement that reads or writes schema `duroxide`.
 
-Connections of asyncpg: one for the heartbeat and one for the poll, so that neither waits behind a checkpoint, and a
-pool for the rest. Values travel as text, so that nothing depends on codecs or on infinity in Python.
+One connection for the heartbeat and one for the poll, so that neither waits behind a checkpoint, and a pool for the
+rest. Values travel as text, so that nothing depends on codecs or on infinity in Python.
 """
 
 from __future__ import annotations
@@ -21,13 +21,21 @@ import structlog
 from msgspec import Struct
 
 from dsl.values import TYPES_SQL, Column, TypeCatalog
+from engine.control import ControlConnection
+from engine.errors import ConnectionLostError, ServerError
 from engine.model import Changes, Checkpoint, Key, Signal, StepError
 from engine.processes import Life, is_dead
 from engine.recorder import Arguments, Recorder
 from engine.settings import EngineSettings
+from engine.target import Target
 from proxy.wire.tls_options import TlsConfigError, for_asyncpg
 
 log = structlog.get_logger("dfproxy.engine")
+
+#: OID of the type.
+TEXT = 25
+#: Of a row that a poll may get: a thousand signals with what they carry.
+MOST_BYTES = 2**30
 
 LEASE_LOST = "DF001"
 _POOLED = "DF004"
@@ -44,13 +52,13 @@ class LeaseLostError(Exception):
 
 def is_infrastructure(error: BaseException) -> bool:
     """Whether a fault of a control connection will pass by itself."""
-    if isinstance(error, asyncpg.PostgresError):
+    if isinstance(error, asyncpg.PostgresError | ServerError):
         state = error.sqlstate or ""
         return state.startswith(_INFRASTRUCTURE_CLASSES) or state in _INFRASTRUCTURE_STATES
     # InterfaceError: asyncpg's word for a connection or pool that is closed or busy being closed.
     # TlsConfigError: a file that is being replaced.
-    return isinstance(
-        error, OSError | TimeoutError | asyncpg.InterfaceError | asyncpg.InternalClientError | TlsConfigError)
+    return isinstance(error, OSError | TimeoutError | ConnectionLostError | asyncpg.InterfaceError
+                      | asyncpg.InternalClientError | TlsConfigError)
 
 
 class Claim(Struct, frozen=True):
@@ -85,9 +93,11 @@ class Poll(Struct, frozen=True):
     claims: list[Claim]
     inbox: list[InboxEntry]
     next_due: datetime | None
+    committed: asyncio.Future[None]  #: for several to wait for, with a shield
     overdue: bool = False
     alive: bool = True  #: as `Store.heartbeat` gives it, where the poll was one as well
     looked: bool = True
+    handled: list[int] = []  #: what the inbox will not tell again
 
 
 class LoadedInstance(Struct, frozen=True):
@@ -110,23 +120,23 @@ class LoadedInstance(Struct, frozen=True):
 _SOON = "set_config('lock_timeout', '1000', true)"
 
 _CLAIM = """(SELECT jsonb_agg(jsonb_build_array(c.instance_id, c.token, c.fresh, c.crashes, NULL))
-          FROM duroxide.claim($1::text::uuid, $2) c)"""
-#: $5: where something is claimed, the inbox and what is due next are left for the poll after this one.
+          FROM duroxide.claim($1::text::uuid, $2::text::int4) c)"""
+#: $5: where something is claimed, the inbox and what is due next are left for the poll after this one. All is text.
 POLL = f"""
 SELECT {_SOON},
-       CASE WHEN $4::bool THEN duroxide.heartbeat($1::text::uuid) END,
+       CASE WHEN $4::text::bool THEN duroxide.heartbeat($1::text::uuid) END::text,
        t.taken::text,
-       CASE WHEN t.taken IS NULL OR NOT $5::bool THEN
+       CASE WHEN t.taken IS NULL OR NOT $5::text::bool THEN
            (SELECT jsonb_agg(jsonb_build_array(s.instance_id, s.seq, s.kind, s.name, s.data) ORDER BY s.seq)
               FROM duroxide.inbox($1::text::uuid, $3::text::bigint[]) s)::text END,
-       CASE WHEN t.taken IS NULL OR NOT $5::bool THEN extract(epoch FROM duroxide.next_due())::float8 END,
-       CASE WHEN $2 <= 0 THEN duroxide.overdue() END,
-       extract(epoch FROM clock_timestamp())::float8
-  FROM (SELECT duroxide.take($1::text::uuid, $2) AS taken OFFSET 0) AS t
+       CASE WHEN t.taken IS NULL OR NOT $5::text::bool THEN extract(epoch FROM duroxide.next_due())::float8 END::text,
+       CASE WHEN $2::text::int4 <= 0 THEN duroxide.overdue() END::text,
+       extract(epoch FROM clock_timestamp())::float8::text
+  FROM (SELECT duroxide.take($1::text::uuid, $2::text::int4) AS taken OFFSET 0) AS t
 """
 
 #: Without what 0011 has brought.
-POLL_BEFORE = POLL.replace("duroxide.take($1::text::uuid, $2)", _CLAIM)
+POLL_BEFORE = POLL.replace("duroxide.take($1::text::uuid, $2::text::int4)", _CLAIM)
 
 HEARTBEAT = f"SELECT {_SOON}, duroxide.heartbeat($1::text::uuid), extract(epoch FROM clock_timestamp())::float8"
 
@@ -354,7 +364,8 @@ class Store:
         self.pooled = pooled  #: a pooler is in between: nothing outlives a transaction
         self._pool: asyncpg.Pool[Any] | None = None
         self._beat: asyncpg.Connection[Any] | None = None
-        self._poll: asyncpg.Connection[Any] | None = None
+        self._poll: ControlConnection | None = None
+        self._poll_pooled: asyncpg.Connection[Any] | None = None
         self._catalog_at = time.monotonic()
         self.last_contact = 0.0  #: monotonic time of the last answer on a connection of its own
         self.has_step_done = False  #: duroxide.step_done and what came with it exist (0011)
@@ -399,10 +410,12 @@ class Store:
 
     async def close(self) -> None:
         """Drops all connections at once."""
-        for connection in (self._beat, self._poll):
+        for connection in (self._beat, self._poll_pooled):
             if connection is not None and not connection.is_closed():
                 connection.terminate()
-        self._beat = self._poll = None
+        if self._poll is not None:
+            self._poll.abort()
+        self._beat = self._poll = self._poll_pooled = None
         if self._pool is not None:
             self._pool.terminate()
             self._pool = None
@@ -411,9 +424,13 @@ class Store:
         """The connection, or a new one if it is lost."""
         if connection is not None and not connection.is_closed():
             return connection
-        limit = max(1.0, self.settings.lease / 3)
-        fresh: asyncpg.Connection[Any] = await asyncpg.connect(**self._options(), command_timeout=limit)
+        fresh: asyncpg.Connection[Any] = await asyncpg.connect(**self._options(), command_timeout=self._limit)
         return fresh
+
+    @property
+    def _limit(self) -> float:
+        """Seconds that the answer to a heartbeat or a poll may take."""
+        return max(1.0, self.settings.lease / 3)
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[asyncpg.Connection[Any]]:
@@ -433,7 +450,8 @@ class Store:
 
     def saw_pooler(self, error: BaseException) -> bool:
         """Whether the error says that a transaction pooler is in between, which could not be told before."""
-        return isinstance(error, asyncpg.PostgresError) and error.sqlstate in _POOLER_STATES and not self.pooled
+        return isinstance(error, asyncpg.PostgresError | ServerError) and error.sqlstate in _POOLER_STATES \
+            and not self.pooled
 
     # -- worker ------------------------------------------------------------------------------------------------
 
@@ -488,22 +506,72 @@ class Store:
     async def poll(self, limit: int, *, beat: bool = False, brief: bool = False) -> Poll:
         """Claims up to `limit` due instances and reads the inbox of those held, in one round trip. `beat`: renews the
         lease with it. `brief`: if it claims anything, it does no more than that.
+
+        Nothing of it holds before `settle` has said so.
         """
-        c = self._poll = await self._own(self._poll)
-        sent = time.monotonic()
         handled = list(self._handled)
-        async with self._whole(c):
-            poll = POLL if self.has_step_done else POLL_BEFORE
-            row = await c.fetchrow(poll, self.worker_id, limit, "{" + ",".join(map(str, handled)) + "}", beat, brief)
+        asked = [self.worker_id, str(limit), "{" + ",".join(map(str, handled)) + "}", str(beat), str(brief)]
+        sent = time.monotonic()
+        row: Sequence[str | None] | None
+        if self.pooled:
+            c = self._poll_pooled = await self._own(self._poll_pooled)
+            async with self._whole(c):
+                row = await c.fetchrow(self._poll_sql, *asked)
+            committed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            committed.set_result(None)
+        else:
+            async with self._in_time():
+                session = await self._poll_session()
+                sent = time.monotonic()
+                [values], committed = await session.ask("poll", asked)
+                row = [None if value is None else value.decode() for value in values]
         assert row is not None
         _, alive, claimed, inbox, next_due, overdue, now = row
-        self._contact(sent, now)
-        if looked := not (brief and claimed):
-            self._handled.difference_update(handled)
+        assert now is not None
+        self._contact(sent, float(now))
         claims = [_claim(*item) for item in json.loads(claimed)] if claimed else []
-        due = None if next_due is None else datetime.fromtimestamp(min(next_due, 253402300799.0), UTC)
-        return Poll(claims, _inbox(inbox), due, overdue=bool(overdue), alive=alive is not False,
-                    looked=looked)
+        due = None if next_due is None else datetime.fromtimestamp(min(float(next_due), 253402300799.0), UTC)
+        looked = not (brief and claims)
+        return Poll(claims, _inbox(inbox), due, committed, overdue=overdue == "true", alive=alive != "false",
+                    looked=looked, handled=handled if looked else [])
+
+    async def settle(self, found: Poll) -> None:
+        """Waits until a poll has committed. After an error nobody knows whether it has, but who was claimed may run."""
+        if not found.committed.done():
+            async with self._in_time():
+                await asyncio.shield(found.committed)
+        found.committed.result()
+        self._handled.difference_update(found.handled)
+
+    @property
+    def _poll_sql(self) -> str:
+        return POLL if self.has_step_done else POLL_BEFORE
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """The session of polls is dropped where it is not answered in time, or nobody waits for its answer any more."""
+        try:
+            async with asyncio.timeout(self._limit):
+                yield
+        except (TimeoutError, asyncio.CancelledError):
+            if self._poll is not None:
+                self._poll.abort()
+            raise
+
+    async def _poll_session(self) -> ControlConnection:
+        """The session of polls, or a new one if it is lost."""
+        if self._poll is None or not self._poll.usable:
+            parameters = {"application_name": "dfproxy:control", "client_encoding": "UTF8"}
+            session = await ControlConnection.connect(
+                Target.from_dsn(self.settings.dsn), parameters, timeout=self.settings.connect_timeout,
+                max_bytes=MOST_BYTES)
+            try:
+                await session.prepare("poll", self._poll_sql, [TEXT] * 5)
+            except BaseException:
+                session.abort()
+                raise
+            self._poll = session
+        return self._poll
 
     def _contact(self, sent: float, database: float) -> None:
         self.last_contact = time.monotonic()

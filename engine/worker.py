@@ -21,7 +21,7 @@ from engine.instance import HeldInstance, Surroundings
 from engine.retention import keep
 from engine.runner import AWAY, Runner, back_off
 from engine.settings import EngineSettings
-from engine.store import Claim, LoadedInstance, Store, is_infrastructure
+from engine.store import Claim, LoadedInstance, Poll, Store, is_infrastructure
 
 log = structlog.get_logger("dfproxy.engine")
 
@@ -228,12 +228,14 @@ class Worker:
             brief = woken and (look_by is None or sent < look_by)
             try:
                 found = await store.poll(limit, beat=beat, brief=brief)
+                claims = self._enter(found, shared)
+                if claims:
+                    # Before anything else may fail: what is booked and never begun would be held for good. They get
+                    # ready, and go on once the claim has committed.
+                    self._begin(found, shared, group)
+                await store.settle(found)
                 if beat:
                     self._alive(found.alive, sent, shared.runner)
-                claims = self._enter(found.claims, shared)
-                if claims:
-                    # Before anything else may fail: what is booked and never begun would be held for good.
-                    self._begin(claims, shared, group)
                 for entry in found.inbox:
                     if (instance := self._held.get(entry.instance_id)) is not None:
                         instance.put(entry)
@@ -279,15 +281,15 @@ class Worker:
             return False
         return True
 
-    def _enter(self, claims: Sequence[Claim], shared: Surroundings) -> list[Claim]:
+    def _enter(self, found: Poll, shared: Surroundings) -> list[Claim]:
         """Books claimed instances before anything else can happen to them."""
-        for claim in claims:
+        for claim in found.claims:
             stale = self._instances.pop(claim.instance_id, None)
             if stale is not None:
                 # Given back without our knowing (the answer was lost), and claimed again: the old one has no lease.
                 stale.cancel()
-            self._held[claim.instance_id] = HeldInstance(claim.instance_id, shared)
-        return list(claims)
+            self._held[claim.instance_id] = HeldInstance(claim.instance_id, shared, found.committed)
+        return list(found.claims)
 
     def _rotate(self, crowded: bool) -> None:
         """`crowded`: others wait for a place. Whoever only waits then leaves memory, whoever had its turn queues up."""
@@ -325,18 +327,20 @@ class Worker:
 
     # -- instances ---------------------------------------------------------------------------------------------
 
-    def _begin(self, claims: Sequence[Claim], shared: Surroundings, group: asyncio.TaskGroup) -> None:
+    def _begin(self, found: Poll, shared: Surroundings, group: asyncio.TaskGroup) -> None:
         """Starts a task for each claimed instance; those that did not come with the claim are read first."""
-        missing = [c for c in claims if c.loaded is None]
+        missing = [c for c in found.claims if c.loaded is None]
         if missing:
-            group.create_task(self._read(missing, shared, group))
-        for claim in claims:
+            group.create_task(self._read(missing, found.committed, shared, group))
+        for claim in found.claims:
             if claim.loaded is not None:
                 self._start(self._held[claim.instance_id], claim.loaded, shared, group)
 
-    async def _read(self, claims: Sequence[Claim], shared: Surroundings, group: asyncio.TaskGroup) -> None:
-        """Reads a batch of claimed instances and starts a task for each."""
+    async def _read(self, claims: Sequence[Claim], committed: asyncio.Future[None], shared: Surroundings,
+                    group: asyncio.TaskGroup) -> None:
+        """Reads a batch of claimed instances and starts a task for each; `committed`: the claim."""
         held = {c.instance_id: self._held[c.instance_id] for c in claims if c.instance_id in self._held}
+        await asyncio.wait([committed])
         loaded = await self._load(claims, shared.store)
         for instance_id, instance in held.items():
             row = loaded.get(instance_id)

@@ -7,7 +7,6 @@ is cut. The client can't know whether its COMMIT happened.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -65,6 +64,8 @@ class Wires:
             async with asyncio.TaskGroup() as group:
                 group.create_task(_pump(reader, far_writer, wire.up))
                 group.create_task(_pump(far_reader, writer, wire.down))
+        except* OSError:
+            pass  # one end has reset it, of which the other must hear
         finally:
             self.open.discard(wire)
             wire.cut()
@@ -96,9 +97,8 @@ class Wires:
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, gate: asyncio.Event) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65536):
-            await gate.wait()
-            writer.write(data)
-            await writer.drain()
-        writer.write_eof()
+    while data := await reader.read(65536):
+        await gate.wait()
+        writer.write(data)
+        await writer.drain()
+    writer.write_eof()

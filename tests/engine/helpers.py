@@ -16,6 +16,7 @@ import psycopg
 
 from engine.migrate import migrate
 from engine.settings import EngineSettings
+from engine.store import Poll, Store
 from engine.worker import Worker
 from tests.engine.fix_graphs import Tree, flatten
 from tests.fix_postgres import Database
@@ -47,6 +48,13 @@ async def running_worker(database: Database, **changes: Any) -> AsyncIterator[Wo
             _workers.discard(worker)
             await worker.stop(5)
             await task
+
+
+async def polled(store: Store, limit: int, **options: bool) -> Poll:
+    """What a poll has found, once that is committed."""
+    found = await store.poll(limit, **options)
+    await store.settle(found)
+    return found
 
 
 @dataclass(frozen=True)

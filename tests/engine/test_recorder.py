@@ -12,7 +12,7 @@ from engine.model import Changes, Checkpoint, Finish
 from engine.recorder import BATCH, Arguments, Recorder
 from engine.store import LeaseLostError, Store
 from tests.engine.fix_graphs import signal
-from tests.engine.helpers import Client, install, settings
+from tests.engine.helpers import Client, install, polled, settings
 from tests.fix_postgres import Database
 
 
@@ -73,7 +73,7 @@ async def _held(database: Database, count: int) -> tuple[Store, dict[str, str]]:
     with Client(database) as c:
         for _ in range(count):
             c.start(signal("go"))
-    return store, {claim.instance_id: claim.token for claim in (await store.poll(count)).claims}
+    return store, {claim.instance_id: claim.token for claim in (await polled(store, count)).claims}
 
 
 async def test_lost_leases_and_faults_stay_with_their_own(database: Database) -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from unittest.mock import Mock
 
 import asyncpg
 import pytest
@@ -15,7 +16,9 @@ from msgspec.structs import replace
 
 from dsl.values import Column
 from engine.connection import STEP_DONE
+from engine.errors import ConnectionLostError
 from engine.identity import Identities
+from engine.instance import HeldInstance, Surroundings
 from engine.model import Changes, Checkpoint, Finish, StepError
 from engine.processes import Life, is_dead
 from engine.store import (
@@ -28,7 +31,7 @@ from engine.store import (
     step_done_arguments,
 )
 from tests.engine.fix_graphs import seq, signal, sql
-from tests.engine.helpers import Client, ended, install, running_worker, settings, until
+from tests.engine.helpers import Client, ended, install, polled, running_worker, settings, until
 from tests.fix_postgres import Database
 
 
@@ -49,9 +52,9 @@ async def test_claim_load_checkpoint_finish(database: Database) -> None:
         instance = c.start(sql("SELECT 1"), label="Zürich")
         c.execute("UPDATE duroxide.instances SET vars = '{\"v\": \"1\"}'")
         async with opened(database) as store:
-            [claim] = (await store.poll(10)).claims
+            [claim] = (await polled(store, 10)).claims
             assert (claim.instance_id, claim.fresh, claim.crashes) == (instance, True, 0)
-            assert (await store.poll(10)).claims == []
+            assert (await polled(store, 10)).claims == []
             loaded = (await store.load([instance], []))[instance]
             assert (loaded.label, loaded.variables, loaded.token) == ("Zürich", {"v": "1"}, claim.token)
             assert claim.loaded == loaded
@@ -82,7 +85,7 @@ async def test_step_done_records_what_a_checkpoint_would(database: Database) -> 
         pair = [c.start(seq(sql("SELECT 1"), signal("go"))) for _ in range(2)]
         async with opened(database) as store:
             assert store.has_step_done
-            claims = {claim.instance_id: claim for claim in (await store.poll(10)).claims}
+            claims = {claim.instance_id: claim for claim in (await polled(store, 10)).claims}
             for instance in pair:
                 c.execute("INSERT INTO duroxide.signals (instance_id, name) VALUES (%s, 'go')", instance)
             for instance, brief in zip(pair, (True, False), strict=True):
@@ -128,7 +131,7 @@ async def test_step_done_records_what_a_checkpoint_would(database: Database) -> 
 
             # A step that ran twice must fail, rather than replace what it found the first time.
             instance = c.start(seq(sql("SELECT 1"), signal("go")))
-            [claim] = (await store.poll(10)).claims
+            [claim] = (await polled(store, 10)).claims
             call = "CALL duroxide.step_done($1, $2::text::uuid, '', 1, $3, NULL, NULL, NULL, false)"
             await store.execute(call, instance, claim.token, "1")
             with pytest.raises(asyncpg.UniqueViolationError):
@@ -137,7 +140,7 @@ async def test_step_done_records_what_a_checkpoint_would(database: Database) -> 
 
             # Whoever cancels first has the last word.
             instance = c.start(sql("SELECT 1"))
-            [claim] = (await store.poll(10)).claims
+            [claim] = (await polled(store, 10)).claims
             c.execute("INSERT INTO duroxide.signals (instance_id, kind, name) VALUES (%s, 'cancel', 'enough')", instance)
             await store.execute("CALL duroxide.step_done($1, $2::text::uuid, '', 0, '1', NULL, NULL, NULL, true)",
                                 instance, claim.token)
@@ -151,7 +154,7 @@ async def test_a_claim_brings_what_is_new_and_small(database18: Database) -> Non
     with Client(database18) as c:
         async with opened(database18) as store:
             async def claims() -> dict[str, LoadedInstance | None]:
-                return {claim.instance_id: claim.loaded for claim in (await store.poll(100)).claims}
+                return {claim.instance_id: claim.loaded for claim in (await polled(store, 100)).claims}
 
             signalled, plain = c.start(signal("go")), c.start(sql("SELECT 1"))
             c.execute("INSERT INTO duroxide.signals (instance_id, name, data) VALUES (%s, 'go', '1')", signalled)
@@ -185,7 +188,7 @@ async def test_a_claim_takes_what_it_may(database18: Database) -> None:
         async with opened(database18) as store:
             async def claims(limit: int) -> set[str]:
                 async with asyncio.timeout(20):
-                    return {claim.instance_id for claim in (await store.poll(limit)).claims}
+                    return {claim.instance_id for claim in (await polled(store, limit)).claims}
 
             assert await claims(0) == set()
             assert await claims(2) == {rest[3], first}
@@ -206,7 +209,7 @@ async def test_a_new_fence_shuts_the_old_token_out(database18: Database) -> None
     with Client(database18) as c:
         instance = c.start(sql("SELECT 1"))
         async with opened(database18) as store:
-            [claim] = (await store.poll(10)).claims
+            [claim] = (await polled(store, 10)).claims
             token = await store.refence(instance)
             with pytest.raises(LeaseLostError):
                 await store.checkpoint(instance, claim.token, Changes(rows=[Checkpoint("", 0, "completed", "1")]))
@@ -222,7 +225,7 @@ async def test_the_fence_waits_for_a_session_that_was_lost_sight_of(database18: 
     with Client(database18) as c, Client(database18) as zombie:
         instance = c.start(sql("SELECT 1"))
         async with opened(database18) as store:
-            [claim] = (await store.poll(10)).claims
+            [claim] = (await polled(store, 10)).claims
             zombie.execute("BEGIN")
             zombie.execute("SELECT duroxide.checkpoint(%s, %s, '[{\"execution\":\"\",\"node\":0,\"event\":\"completed\"}]')",
                            instance, claim.token)
@@ -238,18 +241,18 @@ async def test_open_transactions_of_callers_hold_up_no_poll(database18: Database
     with Client(database18) as c, Client(database18) as other:
         held = c.start(signal("go"))
         async with opened(database18) as store:
-            assert len((await store.poll(10)).claims) == 1
+            assert len((await polled(store, 10)).claims) == 1
             c.execute("INSERT INTO duroxide.signals (instance_id, name, data) VALUES (%s, 'go', '1')", held)
             other.execute("BEGIN")
             other.execute("DELETE FROM duroxide.signals")
-            [entry] = (await store.poll(10)).inbox  # nothing was deleted yet
+            [entry] = (await polled(store, 10)).inbox  # nothing was deleted yet
             store.handled(entry.seq)
             instance = c.start(sql("SELECT 1"))
-            assert [claim.instance_id for claim in (await store.poll(10)).claims] == [instance]
+            assert [claim.instance_id for claim in (await polled(store, 10)).claims] == [instance]
             other.execute("ROLLBACK")
-            assert [again.name for again in (await store.poll(10)).inbox] == ["go"]
+            assert [again.name for again in (await polled(store, 10)).inbox] == ["go"]
             store.handled(entry.seq)
-            assert (await store.poll(10)).inbox == []
+            assert (await polled(store, 10)).inbox == []
 
 
 async def test_inbox_entries_are_told_until_they_are_handled(database18: Database) -> None:
@@ -257,17 +260,17 @@ async def test_inbox_entries_are_told_until_they_are_handled(database18: Databas
     with Client(database18) as c:
         instance = c.start(signal("go"))
         async with opened(database18) as store:
-            [claim] = (await store.poll(10)).claims
+            [claim] = (await polled(store, 10)).claims
             c.execute("INSERT INTO duroxide.signals (instance_id, name, data) VALUES (%s, 'go', '1')", instance)
-            [entry] = (await store.poll(10)).inbox
-            assert (await store.poll(10)).inbox == [entry]
+            [entry] = (await polled(store, 10)).inbox
+            assert (await polled(store, 10)).inbox == [entry]
             store.handled(entry.seq)
-            assert (await store.poll(10)).inbox == []
+            assert (await polled(store, 10)).inbox == []
             assert (await store.load([instance], []))[instance].inbox == [entry]
             # Parked before it was handled: it is claimed for it at once.
             c.execute("INSERT INTO duroxide.signals (instance_id, name, data) VALUES (%s, 'go', '2')", instance)
             await store.checkpoint(instance, claim.token, Changes(), park="infinity")
-            assert [again.instance_id for again in (await store.poll(10)).claims] == [instance]
+            assert [again.instance_id for again in (await polled(store, 10)).claims] == [instance]
 
 
 async def test_a_brief_poll_that_claims_does_no_more(database18: Database) -> None:
@@ -275,23 +278,49 @@ async def test_a_brief_poll_that_claims_does_no_more(database18: Database) -> No
     with Client(database18) as c:
         instance = c.start(signal("go"))
         async with opened(database18) as store:
-            await store.poll(10)
+            await polled(store, 10)
             c.execute("INSERT INTO duroxide.signals (instance_id, name, data) VALUES (%s, 'go', '1')", instance)
-            found = await store.poll(10, brief=True)
+            found = await polled(store, 10, brief=True)
             [entry] = found.inbox
             assert (found.claims, found.looked) == ([], True)
             store.handled(entry.seq)
             later, other = c.start(sql("SELECT 1")), c.start(sql("SELECT 1"))
             c.execute("UPDATE duroxide.queue SET wake_at = '2030-01-01T00:00:00Z' WHERE instance_id = %s", later)
-            found = await store.poll(10, brief=True)
+            found = await polled(store, 10, brief=True)
             assert [claim.instance_id for claim in found.claims] == [other]
             assert (found.inbox, found.next_due, found.looked) == ([], None, False)
             assert c.one("SELECT NOT seen FROM duroxide.signals")
             c.start(sql("SELECT 1"))
-            found = await store.poll(10)
+            found = await polled(store, 10)
             assert (len(found.claims), found.inbox, found.looked) == (1, [], True)
             assert found.next_due == datetime(2030, 1, 1, tzinfo=UTC)
             assert c.one("SELECT seen FROM duroxide.signals")
+
+
+async def test_who_is_cancelled_while_a_claim_commits_takes_nobody_along(database18: Database) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        c.execute("CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.5); RETURN NULL; END'")
+        c.execute("CREATE CONSTRAINT TRIGGER slow AFTER UPDATE ON duroxide.queue DEFERRABLE INITIALLY DEFERRED"
+                  " FOR EACH ROW EXECUTE FUNCTION slow()")
+        c.start(sql("SELECT 1"))
+        async with opened(database18) as store:
+            found = await store.poll(10)
+            surroundings = Surroundings(store.settings, store, *[Mock()] * 6)
+            first, second = (asyncio.ensure_future(HeldInstance(name, surroundings, found.committed)._sure())
+                             for name in ("first", "second"))
+            await asyncio.sleep(0)
+            first.cancel()
+            await second
+            assert first.cancelled()
+            c.start(sql("SELECT 1"))
+            found = await store.poll(10)
+            settling = asyncio.ensure_future(store.settle(found))
+            await asyncio.sleep(0)
+            settling.cancel()
+            with pytest.raises(ConnectionLostError):  # nobody knows: the session was dropped
+                await found.committed
+            assert settling.cancelled()
 
 
 async def test_a_claim_that_a_lost_worker_still_made_is_freed(database18: Database) -> None:
@@ -305,11 +334,11 @@ async def test_a_claim_that_a_lost_worker_still_made_is_freed(database18: Databa
             assert late.one("SELECT count(*) FROM duroxide.claim(%s, 10)", first.worker_id) == 1
             await second.heartbeat()
             late.execute("COMMIT")
-            assert (await second.poll(10)).claims == []
+            assert (await polled(second, 10)).claims == []
             await second.heartbeat()
-            assert [claim.instance_id for claim in (await second.poll(10)).claims] == [instance]
+            assert [claim.instance_id for claim in (await polled(second, 10)).claims] == [instance]
             await second.release([instance])
-            assert (await first.poll(10)).claims == []  # it is registered no more
+            assert (await polled(first, 10)).claims == []  # it is registered no more
 
 
 async def test_instances_of_a_worker_that_is_not_registered_are_freed(database18: Database) -> None:
@@ -317,10 +346,10 @@ async def test_instances_of_a_worker_that_is_not_registered_are_freed(database18
     with Client(database18) as c:
         c.start(sql("SELECT 1"))
         async with opened(database18) as first, opened(database18) as second:
-            assert len((await first.poll(10)).claims) == 1
+            assert len((await polled(first, 10)).claims) == 1
             c.execute("DELETE FROM duroxide.workers WHERE id::text = %s", first.worker_id)
             await second.heartbeat()
-            assert len((await second.poll(10)).claims) == 1
+            assert len((await polled(second, 10)).claims) == 1
 
 
 async def test_two_finishes_that_wait_for_a_caller_hold_up_nobody_else(database18: Database) -> None:
@@ -347,10 +376,10 @@ async def test_poll_says_when_the_next_one_is_due(database18: Database) -> None:
         c.start(sql("SELECT 1"))
         c.execute("UPDATE duroxide.queue SET wake_at = '2030-01-01T00:00:00Z'")
         async with opened(database18) as store:
-            found = await store.poll(10)
+            found = await polled(store, 10)
             assert (found.claims, found.next_due) == ([], datetime(2030, 1, 1, tzinfo=UTC))
             c.execute("UPDATE duroxide.queue SET wake_at = 'infinity'")
-            assert (await store.poll(10)).next_due is None
+            assert (await polled(store, 10)).next_due is None
             here = c.one("SELECT clock_timestamp()")
             assert abs(store.clock.now() - here) < timedelta(seconds=5)
 
@@ -360,13 +389,13 @@ async def test_lost_workers_are_reaped(database18: Database) -> None:
     with Client(database18) as c:
         instance = c.start(sql("SELECT 1"))
         async with opened(database18, lease=1.0) as first, opened(database18, lease=3600.0) as second:
-            assert len((await first.poll(10)).claims) == 1
-            assert (await second.poll(10)).claims == []
+            assert len((await polled(first, 10)).claims) == 1
+            assert (await polled(second, 10)).claims == []
             c.execute("UPDATE duroxide.workers SET heartbeat_at = pg_postmaster_start_time(), lease = '1 ms' "
                       "WHERE id::text = %s", first.worker_id)
             assert await second.heartbeat() is True
             assert await first.heartbeat() is False
-            [claim] = (await second.poll(10)).claims
+            [claim] = (await polled(second, 10)).claims
             assert (claim.instance_id, claim.fresh, claim.crashes) == (instance, False, 1)
             assert await second.owned() == [instance]
             assert await first.owned() == []
@@ -378,7 +407,7 @@ async def test_an_instance_deleted_behind_the_worker_s_back(database18: Database
         instance = c.start(sql("SELECT 1"))
         c.execute("ALTER TABLE duroxide.instances DISABLE TRIGGER on_delete; DELETE FROM duroxide.instances")
         async with opened(database18) as store:
-            assert len((await store.poll(10)).claims) == 1
+            assert len((await polled(store, 10)).claims) == 1
             assert await store.load([instance], []) == {}
         assert c.one("SELECT count(*) FROM duroxide.queue") == 0
 
@@ -390,7 +419,7 @@ async def test_a_delete_and_an_end_do_not_wait_for_each_other(database18: Databa
     with Client(database18) as c, Client(database18) as other:
         instance = c.start(sql("SELECT 1"))
         async with opened(database18) as store, asyncio.TaskGroup() as group:
-            [claim] = (await store.poll(10)).claims
+            [claim] = (await polled(store, 10)).claims
             other.execute("BEGIN")
             other.execute("SELECT FROM duroxide.instances WHERE id = %s FOR UPDATE", instance)  # as a DELETE begins
             arguments = checkpoint_arguments(instance, claim.token, Changes(finish=Finish("completed", "1")))
@@ -488,12 +517,12 @@ async def test_a_poll_can_be_a_heartbeat_too(database18: Database) -> None:
     with Client(database18) as c:
         age = "SELECT clock_timestamp() - heartbeat_at > interval '1 hour' FROM duroxide.workers"
         c.execute("UPDATE duroxide.workers SET heartbeat_at = heartbeat_at - interval '2 hours'")
-        assert (await store.poll(10)).alive
+        assert (await polled(store, 10)).alive
         assert c.one(age) is True
-        assert (await store.poll(10, beat=True)).alive
+        assert (await polled(store, 10, beat=True)).alive
         assert c.one(age) is False
         c.execute("DELETE FROM duroxide.workers")
         c.start(sql("SELECT 1"))
-        found = await store.poll(10, beat=True)
+        found = await polled(store, 10, beat=True)
         assert (found.alive, found.claims) == (False, [])
     await store.close()

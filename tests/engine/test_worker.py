@@ -318,6 +318,60 @@ async def test_what_was_claimed_runs_though_the_poll_s_other_question_fails(data
             await until(lambda: worker.held == 0)
 
 
+#: Says no, or takes its time, when the transaction that claims an instance commits.
+AT_COMMIT = """
+CREATE SEQUENCE tries;
+CREATE FUNCTION at_commit() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.owner IS NOT NULL AND OLD.owner IS NULL THEN
+        PERFORM nextval('tries');
+        {what};
+    END IF;
+    RETURN NULL;
+END $$;
+CREATE CONSTRAINT TRIGGER at_commit AFTER UPDATE ON duroxide.queue DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION at_commit();
+"""
+CLAIMED = "INSERT INTO log SELECT count(*) FROM duroxide.queue WHERE owner IS NOT NULL"
+
+
+@pytest.mark.parametrize("count", [1, 20])  # many are not read together with their claim
+async def test_nothing_begins_before_its_claim_has_committed(database18: Database, count: int) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        c.execute("CREATE TABLE log (claimed bigint)")
+        c.execute(AT_COMMIT.format(what="PERFORM pg_sleep(0.3 / " + str(count) + ")"))
+        instances = [c.start(sql(CLAIMED)) for _ in range(count)]
+        waiting = c.start(sleep(3600))  # does nothing but be parked
+        async with running_worker(database18):
+            assert {status for status, _ in await ended(c, *instances)} == {"completed"}
+            await until(lambda: c.one("SELECT owner IS NULL AND wake_at > now() FROM duroxide.queue"
+                                      " WHERE instance_id = %s", waiting))
+        assert c.one("SELECT count(*) FROM log WHERE claimed > 0") == count
+        assert c.one("SELECT last_value FROM tries") == count + 1  # each was claimed once
+
+
+@pytest.mark.parametrize("what", [
+    "RAISE 'not now' USING ERRCODE = '40001'", "PERFORM pg_terminate_backend(pg_backend_pid())",
+    "PERFORM pg_sleep(2)"])  # longer than a poll may take
+@pytest.mark.parametrize("count", [1, 20])
+async def test_a_claim_that_does_not_commit_begins_nothing(database18: Database, what: str, count: int) -> None:
+    await install(database18)
+    with Client(database18) as c:
+        c.execute("CREATE TABLE log (claimed bigint)")
+        c.execute(AT_COMMIT.format(what=f"IF (SELECT last_value FROM tries) <= 2 THEN {what}; END IF"))
+        instances = [c.start(sql(CLAIMED)) for _ in range(count)]
+        async with running_worker(database18, lease=3.0) as worker:
+            assert {status for status, _ in await ended(c, *instances)} == {"completed"}
+            await until(lambda: worker.held == 0)
+            assert worker.statistics.claimed == count
+            assert (worker.statistics.bugs, worker.statistics.lives) == (0, 1)
+        assert c.one("SELECT last_value FROM tries") > count
+        assert c.one("SELECT count(*) FROM log WHERE claimed > 0") == count
+        assert c.one("SELECT max(claims) FROM duroxide.queue") is None
+        assert c.one("SELECT count(*) FROM duroxide.history") == count
+
+
 async def test_a_worker_that_was_given_up_starts_anew(database18: Database) -> None:
     await install(database18)
     with Client(database18) as c:
