@@ -48,6 +48,8 @@ AWAY = 1.0
 SHARE = 0.05
 #: Seconds after which a step no longer waits for the commit of another workflow's that it was sent behind.
 PATIENCE = 1.0
+#: Logins that a step tries, each for as long as `connect_timeout`, of a server that answers others meanwhile.
+LOGINS = 2
 _NO_TYPES = TypeCatalog()
 #: Encoding more than this many bytes happens in a thread.
 _THREAD_BYTES = 256 * 1024
@@ -84,13 +86,15 @@ class Failed(Outcome):
 
 class TransientError(Exception):
     """An infrastructure fault. `suspect`: the session was lost while the step ran, maybe because of the step. `away`:
-    there was no session to be had, which concerns every step alike.
+    there was no session to be had, which concerns every step alike. `hung`: this login was not answered in time, though
+    the server answers others.
     """
 
-    def __init__(self, message: str, *, suspect: bool = False, away: bool = False) -> None:
+    def __init__(self, message: str, *, suspect: bool = False, away: bool = False, hung: bool = False) -> None:
         super().__init__(message)
         self.suspect = suspect
         self.away = away
+        self.hung = hung
 
 
 class Job(Struct, frozen=True):
@@ -427,7 +431,7 @@ class Runner:
             return Failed(started, unfit)
         # A step here that was begun at least once was found then to need no transaction block.
         outside = job.database is None and job.step.attempts > 0
-        suspects = 0
+        suspects = hung = 0
         attempt = 0
         while True:
             try:
@@ -445,6 +449,9 @@ class Runner:
                 if suspects >= self._settings.max_crashes:
                     message = f"the connection was lost {suspects} times while this step ran: {e}"
                     return Failed(started, StepError(message, "08006"))
+                hung += e.hung
+                if hung >= LOGINS:
+                    return Failed(started, StepError(str(e), "08001"))
                 fault: Exception = e
             except Exception as e:
                 if not is_infrastructure(e):
@@ -519,12 +526,12 @@ class Runner:
         try:
             return await self.pool.lease(identity, database)
         except TimeoutError as e:
-            # A server that is away is waited for; one that answers others but not this login is the step's trouble.
+            # A server that is away is waited for; one that answers others but not this login is the step's trouble,
+            # unless it was only this connection that was lost on its way.
             if time.monotonic() - self._store.last_contact > self._settings.lease:
                 raise TransientError("the server does not answer", away=True) from e
-            raise _FailedError(StepError(
-                f"Connection to database '{name}' as '{identity.user}' timed out after "
-                f"{self._settings.connect_timeout:g}s", "08001")) from e
+            raise TransientError(f"Connection to database '{name}' as '{identity.user}' timed out after "
+                                 f"{self._settings.connect_timeout:g}s", hung=True) from e
         except ConnectionLostError as e:
             raise TransientError(str(e), away=True) from e
         except ServerError as e:

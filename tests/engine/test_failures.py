@@ -5,8 +5,9 @@ server's words.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import psycopg
 import pytest
@@ -17,7 +18,7 @@ from engine.runner import _unfit
 from proxy.embedded import Cluster
 from tests.engine.fix_graphs import join, seq, sleep, sql
 from tests.engine.fix_surface import installed_database
-from tests.engine.helpers import Client, ended, install, running_worker, until
+from tests.engine.helpers import Client, Through, ended, install, running_worker, until
 from tests.engine.test_identity import grant_usage, make_role
 from tests.fix_postgres import Database, versions
 
@@ -134,6 +135,55 @@ async def test_out_of_connections(database18: Database) -> None:
                 admin.execute(limit.format(pgsql.Identifier(role), pgsql.Literal(-1)))
                 assert (await ended(c, instance))[0][0] == "completed"
                 assert worker.statistics.bugs == 0
+
+
+@contextlib.asynccontextmanager
+async def losing_logins(database: Database, count: int) -> AsyncIterator[Through]:
+    """A way to the server on which the first so many logins of steps are lost, and nobody hears of it."""
+    handlers: set[asyncio.Task[None]] = set()
+    left = count
+
+    async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        nonlocal left
+        while data := await source.read(65536):
+            if b"dfproxy:step" in data and left > 0:
+                left -= 1
+                await asyncio.Event().wait()
+            target.write(data)
+            await target.drain()
+        target.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        handler = asyncio.current_task()
+        assert handler is not None
+        handlers.add(handler)
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", database.cluster.port)
+        with contextlib.suppress(asyncio.CancelledError):  # of the handler, at the end
+            await asyncio.gather(pump(reader, far_writer), pump(far_reader, writer))
+        for end in (writer, far_writer):
+            end.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield Through.of(database, server.sockets[0].getsockname()[1])
+    finally:
+        server.close()
+        for handler in handlers:
+            handler.cancel()
+        await asyncio.wait(handlers)
+
+
+@pytest.mark.parametrize(("lost", "outcome"), [
+    (1, ("completed", '{"rows":[{"n":1}],"row_count":1}')),
+    (2, ("failed", "Connection to database '{name}' as '{owner}' timed out after 0.5s"))])
+async def test_a_login_that_is_not_answered(shared: Database, lost: int, outcome: tuple[str, str]) -> None:
+    """Once, it was lost on its way; more often, it is this login that the server does not answer."""
+    with Client(shared) as c:
+        async with losing_logins(shared, lost) as way, running_worker(way, connect_timeout=0.5, retry_min=0.01):
+            [(status, output)] = await ended(c, instance := c.start(sql("SELECT 1 AS n")))
+        assert (status, output) == (outcome[0], outcome[1].replace("{name}", shared.name).replace("{owner}", shared.owner))
+        if status == "failed":
+            assert c.one("SELECT error->>'sqlstate' FROM duroxide.instances WHERE id = %s", instance) == "08001"
 
 
 async def test_a_role_that_is_dropped_between_two_steps(database18: Database) -> None:
