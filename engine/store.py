@@ -536,7 +536,7 @@ class Store:
                     looked=looked, handled=handled if looked else [])
 
     async def settle(self, found: Poll) -> None:
-        """Waits until a poll has committed. After an error nobody knows whether it has, and what it claimed does not run."""
+        """Waits until a poll has committed. After an error nobody knows whether it has; its claims do not run."""
         if not found.committed.done():
             async with self._in_time():
                 await asyncio.shield(found.committed)
