@@ -35,7 +35,7 @@ from engine.model import Changes, Key, StepError
 from engine.settings import EngineSettings
 from engine.store import LEASE_LOST, LeaseLostError, Store, checkpoint_arguments
 from tests.engine.fix_graphs import brk, flatten, if_, join, loop, race, seq, signal, sleep, sql
-from tests.engine.helpers import install
+from tests.engine.helpers import install, polled
 from tests.fix_postgres import Database
 
 T = TypeVar("T")
@@ -154,7 +154,7 @@ class Model(RuleBasedStateMachine):
         """`lost`: the answer of the poll never arrives; what it claimed is found later as owned and not held."""
         store = self.stores[worker]
         handled = set(store._handled)
-        found = self.do(store.poll(limit))
+        found = self.do(polled(store, limit))
         if lost:
             store._handled |= handled
             return
