@@ -115,6 +115,7 @@ class Replies:
         self.reset_fault: ServerError | None = None  #: why the session can't be used any more
         self._known = known
         self._plain = True
+        self._ended_at = 0  # behind the last ReadyForQuery among the bytes that are being read
         self._modes = bytearray(256)
         for type_ in _LOOK_AT:
             self._modes[type_] = WHOLE
@@ -146,7 +147,7 @@ class Replies:
         if at < len(data):
             for type_, payload in self.frames(data[at:] if at else data):
                 urgent += self.receive(type_, payload)
-        if before is not None and self._plain and splitter.at_boundary:
+        if before is not None and self._plain and self._ended_at == len(data):
             self._remember(data, before)
         return urgent
 
@@ -155,6 +156,7 @@ class Replies:
         fewer steps. Returns what must be written at once, and where the rest begins.
         """
         size, at, urgent = len(data), 0, b""
+        self._ended_at = 0
         modes, unpack, most = self._modes, _HEADER.unpack_from, self._splitter.max_length + 4
         while size - at >= 5:
             type_, length = unpack(data, at)
@@ -164,6 +166,8 @@ class Replies:
             if modes[type_]:
                 urgent += self.receive(type_, data[at + 5 : end])
             at = end
+            if type_ == _READY:
+                self._ended_at = end
         return urgent, at
 
     def _again(self, known: list[_Ended]) -> bool:
@@ -178,10 +182,11 @@ class Replies:
         return True
 
     def _remember(self, data: bytes, before: list[Exchange]) -> None:
-        """A plain reply that has ended some of the exchanges `before`, and begun no other."""
-        left = len(self.exchanges)
-        ended = before[:len(before) - left]
-        if not ended or (left and self.exchanges[0].begun):
+        """A plain reply that has ended some of the exchanges `before`, and holds nothing for those behind them (also
+        nothing that is skipped: what is behind them the next time may look at it).
+        """
+        ended = before[:len(before) - len(self.exchanges)]
+        if not ended:
             return
         if len(self._known) >= _KNOWN_REPLIES:
             self._known.clear()

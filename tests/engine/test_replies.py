@@ -112,6 +112,13 @@ def test_plain_replies_are_remembered_and_others_not() -> None:
     # A part of the next answer has come with it.
     talk([plain, begun], [len(plain.said()) + len(PARSED) + 5], known)
     assert len(known) == 1
+    # And one that nobody reads there, but somebody may when the same bytes come again.
+    reset = Asked(0, True, False, (PARSED,), "I")
+    tag = build.command_complete("COMMIT")
+    cut = [len(reset.said()) + len(tag)]
+    talk([reset, Asked(0, True, False, (tag, PARSED), "I")], cut, known)
+    read = [reset, Asked(0, False, False, (tag, PARSED), "I")]
+    assert talk(read, cut, known) == talk(read, cut, Never())
 
 
 async def test_an_exchange_that_is_over_is_gone() -> None:
