@@ -165,6 +165,7 @@ class HeldInstance:
 
     async def _reload(self) -> LoadedInstance:
         """Fences off sessions that were lost sight of, then reads the instance. Raises LeaseLostError."""
+        await self._sure()
         while True:
             try:
                 await self._store.refence(self.instance_id)

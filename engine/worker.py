@@ -228,11 +228,10 @@ class Worker:
             brief = woken and (look_by is None or sent < look_by)
             try:
                 found = await store.poll(limit, beat=beat, brief=brief)
-                claims = self._enter(found, shared)
-                if claims:
-                    # Before anything else may fail: what is booked and never begun would be held for good. They get
-                    # ready, and go on once the claim has committed.
-                    self._begin(found, shared, group)
+                # Before anything else may fail: what is booked and never begun would be held for good. They get ready,
+                # and go on once the claim has committed.
+                self._enter(found, shared)
+                self._begin(found, shared, group)
                 await store.settle(found)
                 if beat:
                     self._alive(found.alive, sent, shared.runner)
@@ -254,13 +253,13 @@ class Worker:
                 await self._pause(min(back_off(settings, attempt), AWAY))
                 continue
             self.statistics.polls += 1
-            self.statistics.claimed += len(claims)
+            self.statistics.claimed += len(found.claims)
             look_by = None if found.looked else look_by or sent + settings.poll_busy
             woken = False
             self._rotate(found.overdue and not self._stopping)
-            if claims or found.inbox:
+            if found.claims or found.inbox:
                 pause = settings.poll_busy
-                if len(claims) == limit:
+                if len(found.claims) == limit:
                     continue
             wait = pause
             if found.next_due is not None:
@@ -281,7 +280,7 @@ class Worker:
             return False
         return True
 
-    def _enter(self, found: Poll, shared: Surroundings) -> list[Claim]:
+    def _enter(self, found: Poll, shared: Surroundings) -> None:
         """Books claimed instances before anything else can happen to them."""
         for claim in found.claims:
             stale = self._instances.pop(claim.instance_id, None)
@@ -289,7 +288,6 @@ class Worker:
                 # Given back without our knowing (the answer was lost), and claimed again: the old one has no lease.
                 stale.cancel()
             self._held[claim.instance_id] = HeldInstance(claim.instance_id, shared, found.committed)
-        return list(found.claims)
 
     def _rotate(self, crowded: bool) -> None:
         """`crowded`: others wait for a place. Whoever only waits then leaves memory, whoever had its turn queues up."""

@@ -9,6 +9,7 @@ import psycopg
 import pytest
 
 from engine import instance as engine_instance
+from engine.identity import Identities, Identity
 from engine.interpreter import Interpreter
 from engine.store import Poll, Store
 from engine.worker import Worker
@@ -349,6 +350,28 @@ async def test_nothing_begins_before_its_claim_has_committed(database18: Databas
                                       " WHERE instance_id = %s", waiting))
         assert c.one("SELECT count(*) FROM log WHERE claimed > 0") == count
         assert c.one("SELECT last_value FROM tries") == count + 1  # each was claimed once
+
+
+async def test_an_instance_that_is_read_again_waits_for_its_claim(database18: Database,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its role could not be looked up, while the claim still commits."""
+    await install(database18)
+    resolve, lost = Identities.resolve, []
+
+    async def failing_resolve(self: Identities, oid: int, instance_id: str, database: str | None = None) -> Identity:
+        if not lost:
+            lost.append(instance_id)
+            raise ConnectionResetError
+        return await resolve(self, oid, instance_id, database)
+
+    monkeypatch.setattr(Identities, "resolve", failing_resolve)
+    with Client(database18) as c:
+        c.execute(AT_COMMIT.format(what="PERFORM pg_sleep(0.5)"))
+        instance = c.start(sql("SELECT 1 AS n"))
+        async with running_worker(database18, retry_min=0.01):
+            assert (await ended(c, instance))[0][0] == "completed"
+        assert lost == [instance]
+        assert c.one("SELECT last_value FROM tries") == 1  # claimed once
 
 
 @pytest.mark.parametrize("what", [
